@@ -1,0 +1,97 @@
+"""Generation: prefill the prompt, then one token at a time through the rolling cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from minimoe import mixtral
+from minimoe.arrays import to_host
+from minimoe.backends import Backend
+from minimoe.config import ModelConfig
+from minimoe.params import Params
+from minimoe.shapes import Array
+
+
+def generate_ids(
+    ops: Backend,
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    mask: Any = None,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    max_length: int | None = None,
+) -> Iterator[Int[Array, " B"]]:
+    """Yield the next token of every sequence, (B,) at a time; a sequence that has ended repeats eos_id.
+
+    Parameters
+    ----------
+    tokens, mask : (B, T) the prompts, padded (left or right) where mask is False
+    max_new_tokens : at most so many tokens per sequence
+    temperature : 0 is greedy
+    top_p : mass of the nucleus, in (0, 1]
+    seed : makes sampling reproducible; row b of a batch draws the b-th number of every step
+    max_length : size of the cache; None fits prompt and new tokens
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of range.
+    CacheFullError
+        If prompt and new tokens do not fit max_length.
+    """
+    check_settings(max_new_tokens, temperature, top_p)
+    inputs = mixtral.check_inputs(tokens, config.vocab_size, mask)
+    if not inputs.mask.any(axis=1).all():
+        raise mixtral.TokenError("every prompt needs at least one unmasked token")
+    needed = int(inputs.positions.max()) + 1 + max_new_tokens
+    if max_length is not None and needed > max_length:
+        raise mixtral.CacheFullError(
+            f"{needed - max_new_tokens} prompt tokens and {max_new_tokens} new ones exceed max_length = {max_length}"
+        )
+    return _generate(ops, config, params, inputs, max_new_tokens, temperature, top_p, seed, max_length or needed)
+
+
+def _generate(
+    ops: Backend,
+    config: ModelConfig,
+    params: Params,
+    inputs: mixtral.Inputs,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    max_length: int,
+) -> Iterator[Int[Array, " B"]]:
+    B = len(inputs.tokens)
+    rng = np.random.default_rng(seed)
+    cache = mixtral.new_cache(ops, config, params, B, max_length)
+    ended = np.zeros(B, bool)
+    for step in range(max_new_tokens):
+        logits, _ = mixtral.forward(ops, config, params, inputs, cache=cache, last_only=True)
+        uniform = ops.asarray(rng.random(B))
+        ids = np.asarray(to_host(ops.sampling.forward(logits[:, 0], temperature, top_p, uniform)))
+        if config.eos_id is not None:
+            ids = np.where(ended, config.eos_id, ids)
+            ended |= ids == config.eos_id
+        yield ids
+        if ended.all() or step + 1 == max_new_tokens:
+            return
+        inputs = mixtral.check_inputs(ids[:, None], config.vocab_size, cache=cache)
+
+
+def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise a ValueError that names the setting which is out of range."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be an integer of at least 0, not {max_new_tokens!r}")
+    if not (np.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be finite and at least 0, not {temperature!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p!r}")

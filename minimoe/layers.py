@@ -1,0 +1,255 @@
+"""One block of the decoder, forward and backward, written once for all backends.
+
+h   = x + residual                            the stream that enters the block
+h2  = h + Attention(RMSNorm(h))
+out = h2 + Experts(RMSNorm(h2))
+
+The sums are made by the norm that follows (rmsnorm takes a residual), so a block hands on two arrays: what its experts
+wrote, and the stream they are to be added to. Source: Jiang et al., Mixtral of Experts, arXiv 2401.04088, figure 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+
+from minimoe.backends import Backend
+from minimoe.config import ModelConfig
+from minimoe.ops import experts
+from minimoe.params import AttentionParams, FeedForwardParams, LayerParams
+from minimoe.shapes import Array
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCache:
+    """One layer's rolling cache: k and v (B, R, K, C), changed in place."""
+
+    k: Float[Array, "B R K C"]
+    v: Float[Array, "B R K C"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one call of the decoder tells every block.
+
+    Attributes
+    ----------
+    q_pos : (B, T) position of each new token, -1 for padding
+    cos, sin : (N, C/2) rotary tables of those positions
+    active : (N,) or None
+        False for padding; None where there is none.
+    cache_pos : (B, R) or None
+        Position held by each slot of the cache *as attention sees it*: before this call's tokens are written where
+        T > 1, after where T = 1. None where there is no cache, or an empty one.
+    """
+
+    q_pos: Int[Array, "B T"]
+    cos: Float[Array, "N c"]
+    sin: Float[Array, "N c"]
+    active: Bool[Array, " N"] | None = None
+    cache_pos: Int[Array, "B R"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What is imposed on one layer's router: expert ids (N, k), weights (N, k), or experts that may be chosen (E,)."""
+
+    ids: Int[Array, "N k"] | None = None
+    weights: Float[Array, "N k"] | None = None
+    allowed: Bool[Array, " E"] | None = None
+
+
+FREE = Choice()
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What one layer's router did: logits (N, E), None in a dense model; ids and weights (N, k)."""
+
+    logits: Float[Array, "N E"] | None
+    ids: Int[Array, "N k"]
+    weights: Float[Array, "N k"]
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What a block keeps for its backward."""
+
+    h: Array
+    r: Array
+    y: Array
+    q: Array
+    k: Array
+    v: Array
+    context: Array
+    lse: Array
+    h2: Array
+    r2: Array
+    y2: Array
+    jitter: Array | None
+    routed: Routed
+    experts: experts.Saved | None
+
+
+def forward(
+    ops: Backend,
+    config: ModelConfig,
+    layer: LayerParams,
+    x: Float[Array, "N D"],
+    residual: Float[Array, "N D"] | None,
+    batch: Batch,
+    *,
+    cache: LayerCache | None = None,
+    choice: Choice = FREE,
+    jitter: Callable[[tuple[int, ...]], Array] | None = None,
+    keep: bool = False,
+) -> tuple[Float[Array, "N D"], Float[Array, "N D"], Routed, Saved | None]:
+    """Run one block.
+
+    Parameters
+    ----------
+    x, residual : (N, D) the block reads x + residual
+    jitter : draws the multiplicative noise of the router's and experts' input, in training
+
+    Returns
+    -------
+    x, residual : (N, D) to hand on
+    routed : what the router did
+    saved : for `backward`, where `keep`
+    """
+    a = layer.attention
+    (B, T), N, C = batch.q_pos.shape, x.shape[0], config.head_dim
+    y, h, r = ops.rmsnorm.forward(x, layer.attention_norm, config.norm_eps, residual)
+    q, k, v = ops.linear.forward(y, [a.wq, a.wk, a.wv])  # (N, D) -> (N, H C), 2 × (N, K C)
+    q = ops.rope.forward(q.reshape(N, config.num_heads, C), batch.cos, batch.sin)
+    k = ops.rope.forward(k.reshape(N, config.num_kv_heads, C), batch.cos, batch.sin)
+    q = q.reshape(B, T, config.num_heads, C)
+    k = k.reshape(B, T, config.num_kv_heads, C).astype(a.wk.dtype, copy=False)  # keys and values are stored
+    v = v.reshape(B, T, config.num_kv_heads, C).astype(a.wv.dtype, copy=False)
+    context, lse = _attend(ops, config, q, k, v, batch, cache)
+    attended = ops.linear.forward(context.reshape(N, -1), [a.wo])[0]  # (N, H C) -> (N, D)
+
+    y2, h2, r2 = ops.rmsnorm.forward(attended, layer.ffn_norm, config.norm_eps, h)
+    noise = None if jitter is None else jitter(y2.shape)
+    if noise is not None:
+        y2 = y2 * noise  # before the gate *and* the experts
+    routed = route(ops, config, layer.feed_forward, y2, batch.active, choice)
+    f = layer.feed_forward
+    out, kept = ops.experts.forward(y2, f.w1, f.w2, f.w3, routed.ids, routed.weights, keep)
+    saved = Saved(h, r, y, q, k, v, context, lse, h2, r2, y2, noise, routed, kept) if keep else None
+    return out, h2, routed, saved
+
+
+def route(
+    ops: Backend,
+    config: ModelConfig,
+    ffn: FeedForwardParams,
+    x: Float[Array, "N D"],
+    active: Bool[Array, " N"] | None,
+    choice: Choice,
+) -> Routed:
+    """Ask the gate; a dense model has none, and sends every token to expert 0 with weight 1."""
+    xp, N = ops.xp, x.shape[0]
+    if ffn.gate is None:
+        ids = xp.zeros((N, 1), xp.int64)
+        if active is not None:
+            ids = xp.where(active[:, None], ids, -1)
+        return Routed(None, ids, (ids >= 0).astype(x.dtype))
+    k = config.num_experts_per_token
+    logits, ids, weights = ops.gating.forward(x, ffn.gate, k, active, choice.allowed, choice.ids)
+    if choice.weights is not None:
+        weights = xp.where(ids >= 0, choice.weights, 0).astype(weights.dtype)
+    return Routed(logits, ids, weights)
+
+
+def _attend(
+    ops: Backend,
+    config: ModelConfig,
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    batch: Batch,
+    cache: LayerCache | None,
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
+    """Attend to the new keys, and to the cache where there is one; write the new keys to it.
+
+    A chunk attends to [cache ‖ new] and is written afterwards: written first it would overwrite keys that its early
+    queries still need. A single token may be written first, since the key it overwrites has just left its window.
+    """
+    xp, W = ops.xp, config.sliding_window
+    if cache is None:
+        return ops.attention.forward(q, k, v, batch.q_pos, batch.q_pos, W)
+    if q.shape[1] == 1 and batch.cache_pos is not None:
+        ops.kv_cache.forward(cache.k, cache.v, k, v, batch.q_pos)
+        return ops.attention.forward(q, cache.k, cache.v, batch.q_pos, batch.cache_pos, W)
+    keys, values, k_pos = k, v, batch.q_pos
+    if batch.cache_pos is not None:
+        keys, values = xp.concatenate([cache.k, k], axis=1), xp.concatenate([cache.v, v], axis=1)
+        k_pos = xp.concatenate([batch.cache_pos, batch.q_pos], axis=1)  # (B, R + T)
+    result = ops.attention.forward(q, keys, values, batch.q_pos, k_pos, W)
+    ops.kv_cache.forward(cache.k, cache.v, k, v, batch.q_pos)
+    return result
+
+
+def backward(
+    ops: Backend,
+    config: ModelConfig,
+    layer: LayerParams,
+    batch: Batch,
+    saved: Saved,
+    dout: Float[Array, "N D"],
+    dh2: Float[Array, "N D"],
+    dlogits: Float[Array, "N E"] | None,
+) -> tuple[Float[Array, "N D"], LayerParams]:
+    """Invert `forward` (without a cache).
+
+    Parameters
+    ----------
+    dout, dh2 : (N, D) gradients of the two arrays handed on
+    dlogits : (N, E) gradient of the router logits from the balance loss
+
+    Returns
+    -------
+    dh : (N, D) gradient of x + residual
+    grads : the gradients of this layer's parameters
+    """
+    a, f, s = layer.attention, layer.feed_forward, saved
+    assert s.experts is not None
+    N, E = dout.shape[0], config.num_experts
+    # forward: out = Experts(y2)
+    dy2, dw1, dw2, dw3, dweights = ops.experts.backward(dout, s.y2, f.w1, f.w2, f.w3, s.routed.weights, s.experts)
+    dgate = None
+    if f.gate is not None:
+        # forward: logits, ids, weights = Gate(y2)
+        dx, dgate = ops.gating.backward(dweights, dlogits, s.y2, f.gate, s.routed.ids, s.routed.weights)
+        dy2 = dy2 + dx
+    if s.jitter is not None:
+        dy2 = dy2 * s.jitter
+    # forward: y2, h2 = RMSNorm(attended + h)
+    dh2, dffn_norm = ops.rmsnorm.backward(dy2, s.h2, layer.ffn_norm, s.r2, dh2)
+    # forward: attended = context · woᵀ
+    dcontext, (dwo,) = ops.linear.backward([dh2], s.context.reshape(N, -1), [a.wo])
+    # forward: context = Attention(q, k, v)
+    dcontext = dcontext.reshape(s.context.shape)
+    pos, W = batch.q_pos, config.sliding_window
+    dq, dk, dv = ops.attention.backward(dcontext, s.q, s.k, s.v, pos, pos, W, s.context, s.lse)
+    # forward: q, k = rope(...)
+    dq = ops.rope.backward(dq.reshape(N, -1, config.head_dim), batch.cos, batch.sin).reshape(N, -1)
+    dk = ops.rope.backward(dk.reshape(N, -1, config.head_dim), batch.cos, batch.sin).reshape(N, -1)
+    # forward: q, k, v = y · [wq, wk, wv]ᵀ
+    dy, (dwq, dwk, dwv) = ops.linear.backward([dq, dk, dv.reshape(N, -1)], s.y, [a.wq, a.wk, a.wv])
+    # forward: y, h = RMSNorm(x + residual); h goes on to the second sum
+    dh, dattention_norm = ops.rmsnorm.backward(dy, s.h, layer.attention_norm, s.r, dh2)
+    assert len(dw1) == E
+    grads = LayerParams(
+        dattention_norm, AttentionParams(dwq, dwk, dwv, dwo), dffn_norm, FeedForwardParams(dgate, dw1, dw2, dw3)
+    )
+    return dh, grads
+
+
+def storage_dtype(layer: LayerParams) -> Any:
+    """The type in which this layer's keys and values are kept: that of its wk."""
+    return layer.attention.wk.dtype

@@ -1,0 +1,227 @@
+"""Helpers for jitted CPU loops that several rooms need.
+
+`jit` is numba.njit with an on-disk cache that knows its sources: Numba's own cache looks at the file of a function
+only, not at the files of what it calls, so the cache directory carries a hash of all sources of this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic, overload
+
+from minimoe.arrays import is_bfloat16
+from minimoe.shapes import Array
+
+# What a reduction needs to vectorise; NaN and Inf keep their meaning (no nnan, no ninf).
+FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
+
+# Weights widened from bfloat16 at a time: 4 MiB in float32, which a cache holds.
+BLOCK_OF_WEIGHTS = 1 << 20
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@cache
+def cache_folder() -> str:
+    """The folder of compiled loops: $NUMBA_CACHE_DIR or the user's cache, then a hash of this package's sources."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*package.glob("ops/*/numba_cpu.py"), package / "loops.py"]):
+        digest.update(path.read_bytes())
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    base = os.environ.get("NUMBA_CACHE_DIR") or str(Path(home, "minimoe"))
+    tag = f"py{sys.version_info.major}{sys.version_info.minor}-{digest.hexdigest()[:16]}"
+    return str(Path(base, tag))
+
+
+def jit(**options: Any) -> Callable[[F], F]:
+    """Compile with Numba at the first call: no GIL, cached in `cache_folder`, without changing Numba's own settings."""
+
+    def decorate(function: F) -> F:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = cache_folder()
+        try:
+            return numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return decorate
+
+
+def storage(x: Array) -> Array:
+    """View a bfloat16 array as the uint16 that Numba takes; any other array is returned as it is."""
+    return x.view(np.uint16) if is_bfloat16(x) else x
+
+
+def widen(x: Any) -> Any:
+    """One stored number in arithmetic type: inside jitted code, uint16 holds a bfloat16 and becomes a float32."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(widen, inline="always")
+def _widen(x):  # type: ignore[no-untyped-def]
+    if x == types.uint16:
+        return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
+    return lambda x: x
+
+
+@jit(inline="always")
+def narrow(x):  # type: ignore[no-untyped-def]
+    """Round a float32 to the nearest bfloat16, ties to even, as uint16. NaN stays NaN."""
+    bits = np.float32(x).view(np.uint32)
+    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint16(np.uint32(bits + half) >> np.uint32(16))
+
+
+@jit(inline="always")
+def rounded(x):  # type: ignore[no-untyped-def]
+    """Round a finite float32 to bfloat16 and back: an operand of a bfloat16 product. Vectorises."""
+    bits = np.float32(x).view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(np.uint32(bits + half) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def exp(x: Any) -> Any:
+    """e^x inside jitted code; the float32 form vectorises (the C library's does not)."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(exp, inline="always")
+def _exp(x):  # type: ignore[no-untyped-def]
+    if x == types.float32:
+        return lambda x: _exp_float32(x)
+    return lambda x: np.exp(x)
+
+
+@jit(inline="always")
+def _exp_float32(x):  # type: ignore[no-untyped-def]
+    # x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7 (error 4e-9 at the ends); 2^n is added
+    # to the exponent bits. Results below the smallest normal number (x < -87.3) become 0.
+    inside = min(max(x, np.float32(-87.3)), np.float32(88.72283))
+    n = np.floor(inside * np.float32(1.4426950408889634) + np.float32(0.5))
+    r = (inside - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    p = np.float32(1 / 5040)
+    p = p * r + np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = (p * r * r + r) + np.float32(1.0)
+    y = np.int32(np.float32(p).view(np.int32) + np.int32(np.int32(n) << np.int32(23))).view(np.float32)
+    y = np.float32(np.inf) if x > np.float32(88.72283) else y
+    y = np.float32(0) if x < np.float32(-87.3) else y
+    return x if x != x else y
+
+
+def sigmoid(z: Any) -> Any:
+    """1 / (1 + e^-z) inside jitted code, from e^-|z|, which never overflows."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(sigmoid, inline="always")
+def _sigmoid(z):  # type: ignore[no-untyped-def]
+    one = np.float32(1) if z == types.float32 else np.float64(1)  # an int would promote float32 to float64
+
+    def impl(z):  # type: ignore[no-untyped-def]
+        small = exp(-abs(z))
+        return (one if z >= 0 else small) / (one + small)
+
+    return impl
+
+
+@jit(fastmath=FAST)
+def four_dots(x, w, row):  # type: ignore[no-untyped-def]
+    """x · w[row] to x · w[row + 3], rows past the end standing for the last one.
+
+    Four rows at a time keep enough reads in flight to use the memory's bandwidth (one row: 27 GB/s, four: 33).
+    """
+    last = w.shape[0] - 1
+    w0, w1, w2, w3 = w[row], w[min(row + 1, last)], w[min(row + 2, last)], w[min(row + 3, last)]
+    y0 = y1 = y2 = y3 = x.dtype.type(0)
+    for i in range(x.shape[0]):
+        y0 += widen(w0[i]) * x[i]
+        y1 += widen(w1[i]) * x[i]
+        y2 += widen(w2[i]) * x[i]
+        y3 += widen(w3[i]) * x[i]
+    return y0, y1, y2, y3
+
+
+@jit(parallel=True)
+def _widen_all(x, out):  # type: ignore[no-untyped-def]
+    for row in numba.prange(x.shape[0]):
+        source, target = x[row], out[row]
+        for i in range(x.shape[1]):
+            target[i] = widen(source[i])
+
+
+@jit(parallel=True)
+def _round_all(x, out):  # type: ignore[no-untyped-def]
+    for row in numba.prange(x.shape[0]):
+        source, target = x[row], out[row]
+        for i in range(x.shape[1]):
+            target[i] = rounded(source[i])
+
+
+def widened(w: Array) -> Array:
+    """Return the matrix `w` in a type that BLAS takes; ml_dtypes would widen on one core, and slowly."""
+    if not is_bfloat16(w):
+        return w
+    out = np.empty(w.shape, np.float32)
+    _widen_all(storage(np.ascontiguousarray(w)), out)
+    return out
+
+
+def operand(x: Array, *others: Array) -> Array:
+    """Return the matrix `x` as the operand of products with `others`: rounded if any of them is stored in bfloat16."""
+    if not any(is_bfloat16(w) for w in others):
+        return np.ascontiguousarray(x)
+    out = np.empty(x.shape, np.float32)
+    _round_all(np.ascontiguousarray(x, np.float32), out)
+    return out
+
+
+def product(x: Array, w: Array, out: Array | None = None) -> Array:
+    """Return x · wᵀ by NumPy's BLAS for an `x` that `operand` made.
+
+    A bfloat16 `w` is widened a few rows at a time: the float32 copy stays in the cache and is never written to memory.
+    """
+    if not is_bfloat16(w):
+        return np.matmul(x, w.T, out=out)
+    out = np.empty((len(x), len(w)), np.float32) if out is None else out
+    step = max(1, BLOCK_OF_WEIGHTS // w.shape[1])
+    for row in range(0, len(w), step):
+        np.matmul(x, widened(w[row : row + step]).T, out=out[:, row : row + step])
+    return out
+
+
+@intrinsic
+def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    """Turn an integer address into the void pointer that numba.carray takes."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(address), codegen
+
+
+def addresses(weights: Any) -> Array:
+    """The (E,) table of addresses of E equally shaped contiguous arrays, stacked in one array or in a list.
+
+    The table keeps nothing alive: its maker holds on to `weights` while it is in use.
+    """
+    if isinstance(weights, np.ndarray):
+        start = weights.__array_interface__["data"][0]
+        return start + weights.strides[0] * np.arange(len(weights), dtype=np.uintp)
+    return np.array([w.__array_interface__["data"][0] for w in weights], np.uintp)

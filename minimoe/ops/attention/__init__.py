@@ -1,0 +1,63 @@
+"""Grouped-query attention over positions: causal, with an optional sliding window.
+
+Key s is visible to query t iff  k_pos[s] >= 0  and  0 <= q_pos[t] - k_pos[s] < W.
+
+scores[t, s] = q[t] · k[s] / sqrt(C)        query head h reads key/value head h // G
+probs[t]     = softmax over the visible s
+out[t]       = Σ_s probs[t, s] · v[s]       zeros where no key is visible
+
+Positions instead of masks: the slots of a rolling cache need no unrolling, and padding or an empty slot carries
+position -1. Sources: Vaswani et al., arXiv 1706.03762, equation 1; Ainslie et al. (GQA), arXiv 2305.13245;
+Jiang et al. (Mistral 7B, the window), arXiv 2310.06825, section 2.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from jaxtyping import Float, Int
+
+from minimoe.shapes import Array
+
+
+class Attention(Protocol):
+    """The contract of this room."""
+
+    def forward(
+        self,
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B S K C"],
+        v: Float[Array, "B S K C"],
+        q_pos: Int[Array, "B T"],
+        k_pos: Int[Array, "B S"],
+        window: int | None,
+    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
+        """Attend.
+
+        Parameters
+        ----------
+        q : (B, T, H, C) rotated queries
+        k, v : (B, S, K, C) rotated keys, and values; where they are bfloat16, q and the probabilities are rounded
+            to it before their products
+        q_pos, k_pos : (B, T), (B, S) positions; -1 marks padding and empty slots
+        window : W, or None
+
+        Returns
+        -------
+        out : (B, T, H, C)
+        lse : (B, T, H) log of the sum of exp(scores), for the backward; -inf where no key is visible
+        """
+
+    def backward(
+        self,
+        dout: Float[Array, "B T H C"],
+        q: Float[Array, "B T H C"],
+        k: Float[Array, "B S K C"],
+        v: Float[Array, "B S K C"],
+        q_pos: Int[Array, "B T"],
+        k_pos: Int[Array, "B S"],
+        window: int | None,
+        out: Float[Array, "B T H C"],
+        lse: Float[Array, "B T H"],
+    ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+        """Return dq, dk, dv. The probabilities are computed again from lse instead of being kept."""

@@ -1,0 +1,107 @@
+"""Cross-entropy as jitted loops: a row of logits is read from memory once per direction.
+
+The forward keeps one number per token, lse; the backward makes the probabilities again from it, so nothing of size
+(N, V) is stored in between.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+from numba import prange
+
+from minimoe.loops import FAST, exp, jit
+from minimoe.shapes import Array
+
+SMALL = 1 << 13  # numbers; below, starting the threads costs more than they save
+
+
+def forward(
+    logits: Float[Array, "N V"], targets: Int[Array, " N"]
+) -> tuple[float, Float[Array, " N"], Float[Array, " N"]]:
+    """See the contract."""
+    losses, lse = np.empty(logits.shape[0], logits.dtype), np.empty(logits.shape[0], logits.dtype)
+    loss = _forward(np.ascontiguousarray(logits), np.ascontiguousarray(targets, np.int64), losses, lse)
+    return loss, losses, lse
+
+
+def backward(
+    dloss: float, logits: Float[Array, "N V"], targets: Int[Array, " N"], lse: Float[Array, " N"]
+) -> Float[Array, "N V"]:
+    """See the contract."""
+    dlogits = np.empty(logits.shape, logits.dtype)
+    scale = logits.dtype.type(dloss / max(int(np.count_nonzero(targets >= 0)), 1))
+    targets = np.ascontiguousarray(targets, np.int64)
+    _backward(scale, np.ascontiguousarray(logits), targets, np.ascontiguousarray(lse), dlogits)
+    return dlogits
+
+
+@jit(parallel=True)
+def _forward(logits, targets, losses, lse):  # type: ignore[no-untyped-def]
+    N = logits.shape[0]
+    if logits.size < SMALL:
+        for n in range(N):
+            _forward_row(logits, targets, n, losses, lse)
+    else:
+        for n in prange(N):
+            _forward_row(logits, targets, n, losses, lse)
+    # The mean is added up by one thread, in the order of n, whatever the number of threads.
+    total, counted = 0.0, 0
+    for n in range(N):
+        if targets[n] >= 0:
+            total += losses[n]
+            counted += 1
+    return total / max(counted, 1)
+
+
+@jit()
+def _forward_row(logits, targets, n, losses, lse):  # type: ignore[no-untyped-def]
+    top = _row_max(logits, n)
+    lse[n] = top + np.log(_row_sum_exp(logits, n, top))
+    losses[n] = lse[n] - logits[n, targets[n]] if targets[n] >= 0 else 0
+
+
+# A maximum vectorises only if the compiler may assume that there is no NaN. Where there is one, the maximum may be any
+# number, but the sum of exponentials, compiled without that assumption, is NaN all the same.
+@jit(fastmath={"nnan", "nsz"})
+def _row_max(logits, n):  # type: ignore[no-untyped-def]
+    top = logits[n, 0]
+    for v in range(1, logits.shape[1]):
+        top = max(top, logits[n, v])
+    return top
+
+
+@jit(fastmath=FAST)
+def _row_sum_exp(logits, n, top):  # type: ignore[no-untyped-def]
+    total = logits.dtype.type(0)
+    for v in range(logits.shape[1]):
+        total += exp(logits[n, v] - top)
+    return total
+
+
+@jit(parallel=True)
+def _backward(scale, logits, targets, lse, dlogits):  # type: ignore[no-untyped-def]
+    N = logits.shape[0]
+    if logits.size < SMALL:
+        for n in range(N):
+            _backward_row(scale, logits, targets, lse, n, dlogits)
+    else:
+        for n in prange(N):
+            _backward_row(scale, logits, targets, lse, n, dlogits)
+
+
+@jit()
+def _backward_row(scale, logits, targets, lse, n, dlogits):  # type: ignore[no-untyped-def]
+    V = logits.shape[1]
+    if targets[n] < 0:
+        for v in range(V):
+            dlogits[n, v] = 0
+        return
+    # forward: lse = log Σ exp(logits)
+    shift = lse[n]
+    for v in range(V):
+        dlogits[n, v] = exp(logits[n, v] - shift)
+    # forward: - logits[n, targets[n]]
+    dlogits[n, targets[n]] -= 1
+    for v in range(V):
+        dlogits[n, v] *= scale

@@ -1,0 +1,85 @@
+"""The experts: dropless dispatch, SwiGLU feed-forward networks, combine.
+
+expert_e(x) = w2_e · (silu(w1_e · x) ⊙ (w3_e · x))         silu(z) = z / (1 + exp(-z))
+out[n]      = Σ_slot weights[n, slot] · expert_{ids[n, slot]}(x[n])      slots in order 0..k-1
+
+Every (token, slot) pair is served, whatever the load (no capacity, nothing dropped): pairs are sorted by expert with a
+counting sort, each expert multiplies its contiguous segment, results go back to their slots. No atomics anywhere, so the
+result does not depend on scheduling.
+
+Sources: Jiang et al., Mixtral of Experts, arXiv 2401.04088, section 2.1; Shazeer, GLU Variants Improve Transformer,
+arXiv 2002.05202, equation 6; Gale et al., MegaBlocks, arXiv 2211.15841 (dropless dispatch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Int
+
+from minimoe.shapes import Array
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What the forward keeps for the backward. M = routed (token, slot) pairs, sorted by expert, then by pair.
+
+    Attributes
+    ----------
+    pairs : (M,) which pair n·k + slot stands in each row
+    offsets : (E + 1,) segment e is rows offsets[e] to offsets[e + 1]
+    gate_in, up : (M, F) w1_e · x and w3_e · x
+    slots : (N, k, D) expert outputs, before weighting; zeros where not routed
+    """
+
+    pairs: Int[Array, " M"]
+    offsets: Int[Array, " E+1"]
+    gate_in: Float[Array, "M F"]
+    up: Float[Array, "M F"]
+    slots: Float[Array, "N k D"]
+
+
+class Experts(Protocol):
+    """The contract of this room. Expert weights are addressed one at a time, `w1[e]`: stacked, or a list of views."""
+
+    def forward(
+        self,
+        x: Float[Array, "N D"],
+        w1: Sequence[Float[Array, "F D"]],
+        w2: Sequence[Float[Array, "D F"]],
+        w3: Sequence[Float[Array, "F D"]],
+        ids: Int[Array, "N k"],
+        weights: Float[Array, "N k"],
+        keep: bool = False,
+    ) -> tuple[Float[Array, "N D"], Saved | None]:
+        """Send every token through its experts and combine.
+
+        Parameters
+        ----------
+        x : (N, D); it and the hidden states are rounded to bfloat16 where the weights are stored in it
+        w1, w2, w3 : E arrays each
+        ids : (N, k); -1 = not routed
+        weights : (N, k); 0 where not routed
+        keep : whether a backward will follow
+
+        Returns
+        -------
+        out : (N, D), zeros for tokens that are not routed
+        saved : Saved, or None where `keep` is False
+        """
+
+    def backward(
+        self,
+        dout: Float[Array, "N D"],
+        x: Float[Array, "N D"],
+        w1: Sequence[Float[Array, "F D"]],
+        w2: Sequence[Float[Array, "D F"]],
+        w3: Sequence[Float[Array, "F D"]],
+        weights: Float[Array, "N k"],
+        saved: Saved,
+    ) -> tuple[
+        Float[Array, "N D"], Float[Array, "E F D"], Float[Array, "E D F"], Float[Array, "E F D"], Float[Array, "N k"]
+    ]:
+        """Return dx, dw1, dw2, dw3 (zeros for an expert without tokens) and dweights."""

@@ -1,0 +1,136 @@
+"""The rolling key/value cache as jitted loops: one copy of K·C numbers per token that stays.
+
+Of the tokens of one row no two that stay share a slot, so they can be copied in any order, by any thread. The caches
+are written where they are: they may be views with strides, and are never copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from numba import prange, types
+from numba.extending import overload
+
+from minimoe.loops import jit, narrow, storage
+from minimoe.shapes import Array
+
+SMALL = 1 << 15  # numbers; below, starting the threads costs more than they save
+
+
+def forward(
+    k_cache: Float[Array, "B R K C"],
+    v_cache: Float[Array, "B R K C"],
+    k: Float[Array, "B T K C"],
+    v: Float[Array, "B T K C"],
+    positions: Int[Array, "B T"],
+) -> None:
+    """See the contract."""
+    new_k, new_v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+    _write(storage(k_cache), storage(v_cache), new_k, new_v, np.ascontiguousarray(positions, np.int64))
+
+
+def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> None:
+    """See the contract."""
+    _write_positions(cache_positions, np.ascontiguousarray(positions, np.int64))
+
+
+def backward(
+    dk_cache: Float[Array, "B R K C"], dv_cache: Float[Array, "B R K C"], positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T K C"], Float[Array, "B T K C"]]:
+    """See the contract."""
+    B, _, K, C = dk_cache.shape
+    dk = np.zeros((B, positions.shape[1], K, C), dk_cache.dtype)
+    dv = np.zeros_like(dk)
+    _take(dk_cache, dv_cache, dk, dv, np.ascontiguousarray(positions, np.int64))
+    return dk, dv
+
+
+def stored(x: Any, slot: Any) -> Any:
+    """Return x as the type of a cache slot takes it: inside jitted code, uint16 holds a bfloat16."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(stored)
+def _stored(x, slot):  # type: ignore[no-untyped-def]
+    if slot == types.uint16:
+        return lambda x, slot: narrow(x)
+    return lambda x, slot: x
+
+
+@jit()
+def _oldest_kept(positions, b, R):  # type: ignore[no-untyped-def]
+    """The lowest position of row b that stays in R slots; padding (-1) is below it."""
+    newest = np.int64(-1)
+    for t in range(positions.shape[1]):
+        newest = max(newest, positions[b, t])
+    return max(newest - R + 1, 0)
+
+
+@jit(parallel=True)
+def _write(k_cache, v_cache, k, v, positions):  # type: ignore[no-untyped-def]
+    B, T, _, _ = k.shape
+    if k.size < SMALL:
+        for b in range(B):
+            oldest = _oldest_kept(positions, b, k_cache.shape[1])
+            for t in range(T):
+                _write_token(k_cache, v_cache, k, v, positions, b, t, oldest)
+    else:
+        for b in range(B):
+            oldest = _oldest_kept(positions, b, k_cache.shape[1])
+            for t in prange(T):
+                _write_token(k_cache, v_cache, k, v, positions, b, t, oldest)
+
+
+@jit()
+def _write_token(k_cache, v_cache, k, v, positions, b, t, oldest):  # type: ignore[no-untyped-def]
+    _, R, K, C = k_cache.shape
+    if positions[b, t] < oldest:
+        return
+    slot = positions[b, t] % R
+    for h in range(K):
+        for c in range(C):
+            k_cache[b, slot, h, c] = stored(k[b, t, h, c], k_cache[b, slot, h, c])
+            v_cache[b, slot, h, c] = stored(v[b, t, h, c], v_cache[b, slot, h, c])
+
+
+@jit()
+def _write_positions(cache_positions, positions):  # type: ignore[no-untyped-def]
+    B, T = positions.shape
+    R = cache_positions.shape[1]
+    for b in range(B):
+        oldest = _oldest_kept(positions, b, R)
+        for t in range(T):
+            if positions[b, t] >= oldest:
+                cache_positions[b, positions[b, t] % R] = positions[b, t]
+
+
+@jit(parallel=True)
+def _take(dk_cache, dv_cache, dk, dv, positions):  # type: ignore[no-untyped-def]
+    B, T, _, _ = dk.shape
+    if dk.size < SMALL:
+        for b in range(B):
+            oldest = _oldest_kept(positions, b, dk_cache.shape[1])
+            for t in range(T):
+                _take_token(dk_cache, dv_cache, dk, dv, positions, b, t, oldest)
+    else:
+        for b in range(B):
+            oldest = _oldest_kept(positions, b, dk_cache.shape[1])
+            for t in prange(T):
+                _take_token(dk_cache, dv_cache, dk, dv, positions, b, t, oldest)
+
+
+@jit()
+def _take_token(dk_cache, dv_cache, dk, dv, positions, b, t, oldest):  # type: ignore[no-untyped-def]
+    _, R, K, C = dk_cache.shape
+    if positions[b, t] < oldest:
+        return
+    # forward: cache[b, slot] = new[b, t]
+    slot = positions[b, t] % R
+    for h in range(K):
+        for c in range(C):
+            dk[b, t, h, c] = dk_cache[b, slot, h, c]
+            dv[b, t, h, c] = dv_cache[b, slot, h, c]
+            dk_cache[b, slot, h, c] = 0
+            dv_cache[b, slot, h, c] = 0

@@ -1,0 +1,94 @@
+"""Linear maps on the CPU: BLAS for many rows, a matrix-vector loop for few.
+
+With few rows the time is that of reading the weights: the loop reads each once, four rows at a time, on all cores, and
+widens bfloat16 in registers. With many rows NumPy's BLAS does the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+from jaxtyping import Float
+
+from minimoe.arrays import is_bfloat16
+from minimoe.loops import four_dots, jit, operand, pointer, product, rounded, storage, widened
+from minimoe.shapes import Array
+
+FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
+FEW_PRODUCTS = 100_000  # below, one core is done before others have woken up
+
+
+def forward(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
+    dtype = weights[0].dtype
+    same = all(w.dtype == dtype for w in weights) and (dtype == x.dtype or is_bfloat16(weights[0]))
+    if len(x) <= FEW_ROWS and same:
+        return _forward_few(x, [np.ascontiguousarray(w) for w in weights])
+    return [product(operand(x, w), w) for w in weights]  # (N, I) -> (N, O)
+
+
+def backward(
+    dys: Sequence[Float[Array, "N _"]], x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]
+) -> tuple[Float[Array, "N I"], list[Float[Array, "_ I"]]]:
+    # forward: y = x · wᵀ
+    dx = dys[0] @ widened(weights[0])  # (N, O) -> (N, I)
+    for dy, w in zip(dys[1:], weights[1:], strict=True):
+        dx += dy @ widened(w)
+    dws = [dy.T @ x for dy in dys]  # (O, N) @ (N, I) -> (O, I)
+    return dx, dws
+
+
+def _forward_few(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
+    """One launch for all weights. Addresses instead of arrays: one compiled loop for any number, mapped or not."""
+    bf16 = is_bfloat16(weights[0])
+    N = len(x)
+    x = np.ascontiguousarray(x, np.float32 if bf16 else x.dtype)
+    table = np.array([(w.__array_interface__["data"][0], len(w)) for w in weights], np.int64)
+    out = np.empty(N * int(table[:, 1].sum()), x.dtype)
+    _few(x, table, storage(weights[0][:0]).dtype, bf16, out)
+    ys, start = [], 0
+    for w in weights:
+        ys.append(out[start : start + N * len(w)].reshape(N, len(w)))
+        start += N * len(w)
+    return ys
+
+
+@jit(parallel=True)
+def _few(x, table, dtype, bf16, out):  # type: ignore[no-untyped-def]
+    N, I = x.shape
+    if bf16:
+        x = x.copy()
+        for n in range(N):
+            for i in range(I):
+                x[n, i] = rounded(x[n, i])
+    blocks = 0
+    for i in range(len(table)):
+        blocks += (table[i, 1] + 3) // 4
+    if 4 * blocks * N * I < FEW_PRODUCTS:
+        for block in range(blocks):
+            _four_rows(x, table, dtype, out, block)
+    else:
+        for block in numba.prange(blocks):
+            _four_rows(x, table, dtype, out, block)
+
+
+@jit()
+def _four_rows(x, table, dtype, out, block):  # type: ignore[no-untyped-def]
+    """Block `block` of four rows, counted through all the weights; the tables lie one after the other in `out`."""
+    N, I = x.shape
+    weight = start = 0
+    while block >= (table[weight, 1] + 3) // 4:
+        block -= (table[weight, 1] + 3) // 4
+        start += N * table[weight, 1]
+        weight += 1
+    address, O = table[weight]
+    w = numba.carray(pointer(np.uintp(address)), (O, I), dtype)
+    row = 4 * block
+    for n in range(N):
+        y = out[start + n * O : start + (n + 1) * O]
+        y0, y1, y2, y3 = four_dots(x[n], w, row)
+        y[row] = y0
+        y[min(row + 1, O - 1)] = y1
+        y[min(row + 2, O - 1)] = y2
+        y[min(row + 3, O - 1)] = y3

@@ -1,0 +1,120 @@
+"""RMSNorm as jitted loops: one pass over a row for its mean square, one to scale it, while it lies in the cache.
+
+The gradient of the weight is a sum over all tokens. It is taken in blocks of a fixed number of rows, whose partial sums
+are added in order: the result does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+from numba import prange
+
+from minimoe.loops import FAST, jit, storage, widen
+from minimoe.shapes import Array
+
+SMALL = 1 << 14  # numbers; below, starting the threads costs more than they save
+ROWS = 64  # per block of the backward
+
+
+def forward(
+    x: Float[Array, "N D"], weight: Float[Array, " D"], eps: float, residual: Float[Array, "N D"] | None = None
+) -> tuple[Float[Array, "N D"], Float[Array, "N D"], Float[Array, " N"]]:
+    """See the contract."""
+    if residual is not None:
+        residual = np.ascontiguousarray(residual)
+    y = np.empty(x.shape, x.dtype)
+    h = x if residual is None else np.empty(x.shape, x.dtype)
+    r = np.empty(x.shape[0], x.dtype)
+    rows = np.ascontiguousarray(x)
+    _forward(rows, residual, np.ascontiguousarray(storage(weight)), eps, y, rows if residual is None else h, r)
+    return y, h, r
+
+
+def backward(
+    dy: Float[Array, "N D"],
+    h: Float[Array, "N D"],
+    weight: Float[Array, " D"],
+    r: Float[Array, " N"],
+    dh: Float[Array, "N D"] | None = None,
+) -> tuple[Float[Array, "N D"], Float[Array, " D"]]:
+    """See the contract."""
+    N, D = h.shape
+    dx = np.empty((N, D), h.dtype)
+    partial = np.zeros(((N + ROWS - 1) // ROWS, D), h.dtype)
+    dweight = np.zeros(D, h.dtype)
+    if dh is not None:
+        dh = np.ascontiguousarray(dh)
+    dy, h, r = np.ascontiguousarray(dy), np.ascontiguousarray(h), np.ascontiguousarray(r)
+    _backward(dy, h, np.ascontiguousarray(storage(weight)), r, dh, dx, partial, dweight)
+    return dx, dweight
+
+
+@jit(parallel=True)
+def _forward(x, residual, weight, eps, y, h, r):  # type: ignore[no-untyped-def]
+    N, D = x.shape
+    if N * D < SMALL:
+        for n in range(N):
+            if residual is not None:
+                _add_row(x, residual, n, h)
+            _normalise_row(h, weight, eps, n, y, r)
+    else:
+        for n in prange(N):
+            if residual is not None:
+                _add_row(x, residual, n, h)
+            _normalise_row(h, weight, eps, n, y, r)
+
+
+@jit()
+def _add_row(x, residual, n, h):  # type: ignore[no-untyped-def]
+    for d in range(x.shape[1]):
+        h[n, d] = x[n, d] + residual[n, d]
+
+
+@jit(fastmath=FAST)
+def _normalise_row(h, weight, eps, n, y, r):  # type: ignore[no-untyped-def]
+    D = h.shape[1]
+    square = h.dtype.type(0)
+    for d in range(D):
+        square += h[n, d] * h[n, d]
+    r[n] = 1 / np.sqrt(square / D + eps)
+    scale = r[n]  # read back: rounded to the type of h, so that the loop below stays in that type
+    for d in range(D):
+        y[n, d] = h[n, d] * scale * widen(weight[d])
+
+
+@jit(parallel=True)
+def _backward(dy, h, weight, r, dh, dx, partial, dweight):  # type: ignore[no-untyped-def]
+    N, D = h.shape
+    blocks = partial.shape[0]
+    if N * D < SMALL:
+        for block in range(blocks):
+            for n in range(block * ROWS, min(N, (block + 1) * ROWS)):
+                _backward_row(dy, h, weight, r, n, dx, partial, block)
+                if dh is not None:
+                    _add_row(dx, dh, n, dx)
+    else:
+        for block in prange(blocks):
+            for n in range(block * ROWS, min(N, (block + 1) * ROWS)):
+                _backward_row(dy, h, weight, r, n, dx, partial, block)
+                if dh is not None:
+                    _add_row(dx, dh, n, dx)
+    for block in range(blocks):
+        for d in range(D):
+            dweight[d] += partial[block, d]
+
+
+@jit(fastmath=FAST)
+def _backward_row(dy, h, weight, r, n, dx, partial, block):  # type: ignore[no-untyped-def]
+    D = h.shape[1]
+    scale = r[n]
+    # forward: normed = h · r(h), and dr/dh = -r³ h / D
+    along = h.dtype.type(0)  # Σ_d dnormed · normed
+    for d in range(D):
+        along += dy[n, d] * widen(weight[d]) * (h[n, d] * scale)
+    mean = along / h.dtype.type(D)
+    for d in range(D):
+        normed = h[n, d] * scale
+        # forward: y = normed · weight
+        partial[block, d] += dy[n, d] * normed
+        dx[n, d] = scale * (dy[n, d] * widen(weight[d]) - normed * mean)

@@ -1,0 +1,196 @@
+"""The training loop: batches, schedule, clipping, AdamW; every step is a function of the seed and its number.
+
+lr(step) = peak · step / warmup                                    step <= warmup
+         = floor + (peak - floor) · (1 + cos(π · progress)) / 2     after, progress from 0 to 1 at the last step
+
+Batches are drawn from a generator seeded with (seed, step), so that a run which is stopped and resumed sees the same
+batches, and ends with the same bits, as one that was not. Sources: Loshchilov and Hutter, SGDR, arXiv 1608.03983,
+equation 5 (one cosine, no restarts); Pascanu et al., arXiv 1211.5063 (clipping by the global norm).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from minimoe import mixtral
+from minimoe.backends import Backend
+from minimoe.config import ModelConfig
+from minimoe.params import Params, leaves, map_leaves, random, stack_experts
+from minimoe.shapes import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run, besides the model's config and the corpus.
+
+    Attributes
+    ----------
+    steps, batch_size, sequence_length : int
+        Tokens seen are their product.
+    peak_lr, final_lr_share, warmup : float, float, int
+        The cosine ends at ``final_lr_share · peak_lr``.
+    clip : float
+        Largest global norm of the gradient.
+    weight_decay : float
+        On matrices; norms are not decayed.
+    mixture : share of sequences per domain; None draws every domain equally often.
+    """
+
+    steps: int
+    batch_size: int = 16
+    sequence_length: int = 256
+    peak_lr: float = 3e-3
+    final_lr_share: float = 0.05
+    warmup: int = 200
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    mixture: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "warmup"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2 (a token and its target), not {self.sequence_length}")
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of step number `step`, the first being 1."""
+        if step <= self.warmup:
+            return self.peak_lr * step / self.warmup
+        progress = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
+        floor = self.final_lr_share * self.peak_lr
+        return floor + (self.peak_lr - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one step reports.
+
+    Attributes
+    ----------
+    loss, balance : cross-entropy in nats per token, and the balance loss
+    gradient_norm : before clipping
+    least_share : smallest share of assignments of any expert in any layer, times E (1 = exactly even)
+    """
+
+    step: int
+    loss: float
+    balance: float
+    lr: float
+    gradient_norm: float
+    least_share: float
+
+
+@dataclass(eq=False)
+class TrainState:
+    """What a checkpoint of a run holds: parameters, AdamW's two moments, and the number of steps taken."""
+
+    params: Params
+    m: Params
+    v: Params
+    step: int = 0
+
+
+def new_state(config: ModelConfig, train: TrainConfig) -> TrainState:
+    """Return fresh float32 parameters and zero moments."""
+    params = stack_experts(random(config, train.seed))
+    return TrainState(params, map_leaves(params, np.zeros_like), map_leaves(params, np.zeros_like))
+
+
+def batch(streams: Mapping[str, Int[Array, " n"]], train: TrainConfig, step: int) -> Int[Array, "B T"]:
+    """Draw the batch of one step: each row a random window of a random domain."""
+    rng = np.random.default_rng([train.seed, step])
+    names = sorted(streams)
+    shares = np.array([1.0 if train.mixture is None else train.mixture[name] for name in names])
+    T = train.sequence_length
+    rows = []
+    for domain in rng.choice(len(names), train.batch_size, p=shares / shares.sum()):
+        stream = streams[names[domain]]
+        if stream.size < T:
+            raise ValueError(f"domain {names[domain]} has {stream.size} tokens, fewer than sequence_length = {T}")
+        start = rng.integers(stream.size - T + 1)
+        rows.append(stream[start : start + T])
+    return np.stack(rows).astype(np.int64)
+
+
+def train_step(
+    ops: Backend, config: ModelConfig, train: TrainConfig, state: TrainState, tokens: Int[Array, "B T"]
+) -> Metrics:
+    """Take one step, changing `state` in place."""
+    step = state.step + 1
+    inputs = mixtral.check_inputs(tokens, config.vocab_size)
+    jitter = np.random.default_rng([train.seed, step, 1])
+    losses, grads, routed = mixtral.loss_and_grads(ops, config, state.params, inputs, jitter=jitter)
+    if not math.isfinite(losses.total):
+        raise FloatingPointError(f"the loss of step {step} is {losses.total}: lower peak_lr, or lengthen warmup")
+    flat = [dict(leaves(tree)) for tree in (state.params, grads, state.m, state.v)]
+    norm = math.sqrt(sum(ops.adamw.squared_norm(g) for g in flat[1].values()))
+    lr = train.learning_rate(step)
+    for name, w in flat[0].items():
+        decay = train.weight_decay if w.ndim > 1 else 0.0
+        ops.adamw.forward(
+            w, flat[1][name], flat[2][name], flat[3][name],
+            step=step, lr=lr, beta1=train.beta1, beta2=train.beta2, eps=train.eps,
+            weight_decay=decay, scale=min(1.0, train.clip / max(norm, 1e-12)),
+        )  # fmt: skip
+    state.step = step
+    return Metrics(step, losses.cross_entropy, losses.balance, lr, norm, least_share(ops, config, routed))
+
+
+def least_share(ops: Backend, config: ModelConfig, routed: Any) -> float:
+    """Smallest share of assignments that any expert of any layer gets, times E; 1.0 in a dense model."""
+    routing = mixtral.collect_routing(ops, routed)
+    if routing is None:
+        return 1.0
+    E = config.num_experts
+    counts = [np.bincount(layer[layer >= 0], minlength=E) for layer in np.asarray(routing.ids)]
+    return float(min(c.min() / max(c.sum(), 1) for c in counts) * E)
+
+
+def evaluate(
+    ops: Backend,
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, " n"],
+    *,
+    window: int = 256,
+    batch_size: int = 32,
+) -> Float[Array, " n-1"]:
+    """Return the loss in nats of every token but the first, each predicted from at least window/2 tokens before it.
+
+    Windows of `window` tokens overlap by half, and count their second half only (the first window counts whole).
+    """
+    n, half = tokens.size, window // 2
+    losses = np.full(n - 1, np.nan)
+    starts = np.arange(0, max(n - half, 1), half)
+    for group in np.array_split(starts, math.ceil(len(starts) / batch_size)):
+        chunk, mask = np.zeros((len(group), window), np.int64), np.zeros((len(group), window), bool)
+        for row, start in enumerate(group):
+            piece = tokens[start : start + window]
+            chunk[row, : piece.size], mask[row, : piece.size] = piece, True
+        inputs = mixtral.check_inputs(chunk, config.vocab_size, mask)
+        logits, _ = mixtral.forward(ops, config, params, inputs)
+        targets = ops.asarray(mixtral.next_tokens(inputs))
+        _, each, _ = ops.cross_entropy.forward(logits.reshape(targets.size, -1), targets)
+        each = np.asarray(each).reshape(len(group), window)
+        for row, start in enumerate(group):
+            skip = 0 if start == 0 else half - 1  # token start + i + 1 is predicted at i
+            stop = int(mask[row].sum()) - 1
+            losses[start + skip : start + stop] = each[row, skip:stop]
+    return losses
+
+
+def as_dict(train: TrainConfig) -> dict[str, Any]:
+    """The fields, for a JSON file beside the checkpoint."""
+    return dataclasses.asdict(train)
