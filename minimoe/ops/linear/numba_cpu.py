@@ -70,7 +70,7 @@ def _few(x, table, dtype, bf16, out):  # type: ignore[no-untyped-def]
             _four_rows(x, table, dtype, out, block)
     else:
         for block in numba.prange(blocks):
-            _four_rows(x, table, dtype, out, block)
+            _four_rows(x, table, dtype, out, np.int64(block))  # prange counts unsigned
 
 
 @jit()

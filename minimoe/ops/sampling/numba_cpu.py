@@ -24,27 +24,31 @@ def forward(
     """See the contract."""
     if temperature == 0:
         return logits.argmax(axis=-1)  # the first of equals; NumPy's is vectorised already
+    # In NumPy: its exp of float64 is vectorised, the C library's is not. And being the reference's, to the last bit, it
+    # leaves no room for another token where the uniform number falls on a boundary.
+    scaled = logits.astype(np.float64)
+    scaled = (scaled - scaled.max(axis=-1, keepdims=True)) / temperature
+    probs = np.exp(scaled)
+    probs = probs / probs.sum(axis=-1, keepdims=True)
     ids = np.empty(logits.shape[0], np.int64)
-    uniform = np.ascontiguousarray(uniform, np.float64)
-    _draw(np.ascontiguousarray(logits), float(temperature), float(top_p), uniform, ids)
+    _draw(np.ascontiguousarray(probs), float(top_p), np.ascontiguousarray(uniform, np.float64), ids)
     return ids
 
 
 @jit(parallel=True)
-def _draw(logits, temperature, top_p, uniform, ids):  # type: ignore[no-untyped-def]
-    B = logits.shape[0]
-    if B == 1 or logits.size < SMALL:
+def _draw(probs, top_p, uniform, ids):  # type: ignore[no-untyped-def]
+    B = probs.shape[0]
+    if B == 1 or probs.size < SMALL:
         for b in range(B):
-            ids[b] = _draw_row(logits, b, temperature, top_p, uniform[b])
+            ids[b] = _draw_row(probs[b], top_p, uniform[b])
     else:
         for b in prange(B):
-            ids[b] = _draw_row(logits, b, temperature, top_p, uniform[b])
+            ids[b] = _draw_row(probs[b], top_p, uniform[b])
 
 
 @jit()
-def _draw_row(logits, b, temperature, top_p, uniform):  # type: ignore[no-untyped-def]
-    V = logits.shape[1]
-    probs = _softmax(logits, b, temperature)
+def _draw_row(probs, top_p, uniform):  # type: ignore[no-untyped-def]
+    V = probs.size
     order = _descending(probs)
     mass = np.empty(V)
     total, size = 0.0, 0
@@ -56,22 +60,6 @@ def _draw_row(logits, b, temperature, top_p, uniform):  # type: ignore[no-untype
         if mass[rank] > uniform * total:
             return order[rank]
     return order[size - 1]
-
-
-@jit()
-def _softmax(logits, b, temperature):  # type: ignore[no-untyped-def]
-    V = logits.shape[1]
-    top = logits[b, 0]
-    for v in range(1, V):
-        top = max(top, logits[b, v])
-    probs = np.empty(V)
-    total = 0.0
-    for v in range(V):
-        probs[v] = np.exp((np.float64(logits[b, v]) - np.float64(top)) / temperature)
-        total += probs[v]
-    for v in range(V):
-        probs[v] /= total
-    return probs
 
 
 @jit()

@@ -1,0 +1,51 @@
+"""JSON as checkpoints use it, read strictly: an object, each key once, real numbers, bounded depth and size."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from minimoe.checkpoint.errors import DamagedFileError, shown
+
+
+def parse(data: bytes, where: str) -> dict[str, Any]:
+    """Return the object that `data` holds.
+
+    Parameters
+    ----------
+    data : bytes
+        UTF-8 text.
+    where : str
+        What to call it in a message.
+
+    Raises
+    ------
+    DamagedFileError
+        If it is not one JSON object, repeats a key, or holds NaN or Infinity.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(f"{where}: not UTF-8 text at byte {error.start}") from None
+    except RecursionError:
+        raise DamagedFileError(f"{where}: not valid JSON: nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, _unique, _refuse_constant, an integer of thousands of digits
+        raise DamagedFileError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DamagedFileError(f"{where}: must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {shown(key)} appears twice")
+            seen.add(key)
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")

@@ -1,0 +1,310 @@
+"""Experts on the CPU: counting sort, one BLAS product per non-empty segment, fused loops around it.
+
+Many tokens: rows are gathered in the order of experts, every expert multiplies its contiguous segment, SwiGLU runs over
+all rows at once, and the combine reads each token's k results in slot order.
+
+Few tokens (decode): the time is that of reading the chosen experts' weights, so two fused loops read each chosen weight
+once, whatever the number of tokens that share it: hidden = silu(w1 x) ⊙ (w3 x) for all rows of w1 and w3, then
+slots = w2 hidden. The experts come as a table of addresses: one compiled loop for any E, stacked or memory-mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+from jaxtyping import Float, Int
+
+from minimoe.arrays import is_bfloat16
+from minimoe.loops import (
+    FAST, addresses, four_dots, jit, operand, pointer, product, rounded, sigmoid, storage, widened
+)
+from minimoe.ops.experts import Saved
+from minimoe.shapes import Array
+
+FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
+FEW_PRODUCTS = 100_000  # below, one core is done before others have woken up
+
+
+def forward(
+    x: Float[Array, "N D"],
+    w1: Sequence[Float[Array, "F D"]],
+    w2: Sequence[Float[Array, "D F"]],
+    w3: Sequence[Float[Array, "F D"]],
+    ids: Int[Array, "N k"],
+    weights: Float[Array, "N k"],
+    keep: bool = False,
+) -> tuple[Float[Array, "N D"], Saved | None]:
+    (N, D), k, F = x.shape, ids.shape[1], w1[0].shape[0]
+    x = operand(x, w1[0])
+    weights = np.ascontiguousarray(weights, x.dtype)
+    pairs, offsets, place = _dispatch(np.ascontiguousarray(ids), len(w1))
+    out = np.empty((N, D), x.dtype)
+    slots = np.empty((N, k, D) if keep else (0, k, D), x.dtype)
+    if N <= FEW_ROWS and _alike(x, w1, w2, w3):
+        gate_in, up, ys = _few(x, w1, w2, w3, pairs, offsets, k)
+    else:
+        xs = np.empty((len(pairs), D), x.dtype)
+        _gather(x, pairs, k, xs)  # (N, D) -> (M, D)
+        gate_in, up = (np.empty((len(pairs), F), x.dtype) for _ in range(2))
+        for e, rows in _segments(offsets):
+            product(xs[rows], w1[e], out=gate_in[rows])  # (M_e, D) -> (M_e, F)
+            product(xs[rows], w3[e], out=up[rows])
+        hidden = np.empty_like(up) if keep else up
+        _swiglu(gate_in, up, is_bfloat16(w2[0]), hidden)
+        ys = xs  # xs is read no more, and has the shape of the results
+        for e, rows in _segments(offsets):
+            product(hidden[rows], w2[e], out=ys[rows])  # (M_e, F) -> (M_e, D)
+    _combine(ys, place, weights, out, slots)
+    return out, Saved(pairs, offsets, gate_in, up, slots) if keep else None
+
+
+def backward(
+    dout: Float[Array, "N D"],
+    x: Float[Array, "N D"],
+    w1: Sequence[Float[Array, "F D"]],
+    w2: Sequence[Float[Array, "D F"]],
+    w3: Sequence[Float[Array, "F D"]],
+    weights: Float[Array, "N k"],
+    saved: Saved,
+) -> tuple[
+    Float[Array, "N D"], Float[Array, "E F D"], Float[Array, "E D F"], Float[Array, "E F D"], Float[Array, "N k"]
+]:
+    (N, D), k, E, F = x.shape, weights.shape[1], len(w1), w1[0].shape[0]
+    pairs, offsets, M = saved.pairs, saved.offsets, len(saved.pairs)
+    dout, weights = np.ascontiguousarray(dout), np.ascontiguousarray(weights)
+    # forward: out = Σ_slot weights · slots
+    dweights = np.empty((N, k), x.dtype)
+    _dot_slots(dout, saved.slots, dweights)
+    xs, dys = np.empty((M, D), x.dtype), np.empty((M, D), x.dtype)
+    _gather(np.ascontiguousarray(x), pairs, k, xs)
+    _gather_weighted(dout, weights.reshape(-1), pairs, k, dys)
+    # forward: y = hidden · w2ᵀ, hidden = silu(gate_in) ⊙ up
+    dhidden = np.empty((M, F), x.dtype)
+    for e, rows in _segments(offsets):
+        np.matmul(dys[rows], widened(w2[e]), out=dhidden[rows])  # (M_e, D) -> (M_e, F)
+    hidden, dgate_in = np.empty_like(dhidden), np.empty_like(dhidden)
+    dup = dhidden
+    _swiglu_backward(saved.gate_in, saved.up, dhidden, hidden, dgate_in, dup)
+    # forward: gate_in = xe · w1ᵀ, up = xe · w3ᵀ
+    dw1, dw2, dw3 = (np.empty((E, *shape), x.dtype) for shape in ((F, D), (D, F), (F, D)))
+    dxs, part = np.empty((M, D), x.dtype), np.empty((M, D), x.dtype)
+    for e in range(E):
+        rows = slice(offsets[e], offsets[e + 1])  # without tokens a product over no rows: zeros
+        np.matmul(dgate_in[rows].T, xs[rows], out=dw1[e])
+        np.matmul(dys[rows].T, hidden[rows], out=dw2[e])
+        np.matmul(dup[rows].T, xs[rows], out=dw3[e])
+    for e, rows in _segments(offsets):
+        np.matmul(dgate_in[rows], widened(w1[e]), out=dxs[rows])  # (M_e, F) -> (M_e, D)
+        np.matmul(dup[rows], widened(w3[e]), out=part[rows])
+    # forward: xe = x[pairs // k]
+    dx = np.empty((N, D), x.dtype)
+    _sum_slots(dxs, part, _places(pairs, N * k).reshape(N, k), dx)
+    return dx, dw1, dw2, dw3, dweights
+
+
+def _segments(offsets: Int[Array, " E+1"]) -> list[tuple[int, slice]]:
+    """The experts that have tokens, each with the rows of its segment."""
+    bounds = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    return [(e, slice(start, stop)) for e, (start, stop) in enumerate(bounds) if stop > start]
+
+
+def _alike(x: Array, *stacks: Sequence[Array]) -> bool:
+    """Whether the fused loops can read these weights: of one type, and each contiguous."""
+    first = stacks[0][0]
+    if not (is_bfloat16(first) or first.dtype == x.dtype):
+        return False
+    if all(isinstance(ws, np.ndarray) for ws in stacks):
+        return all(ws.dtype == first.dtype and ws[0].flags.c_contiguous for ws in stacks)
+    return all(w.dtype == first.dtype and w.flags.c_contiguous for ws in stacks for w in ws)
+
+
+def _few(
+    x: Float[Array, "N D"],
+    w1: Sequence[Float[Array, "F D"]],
+    w2: Sequence[Float[Array, "D F"]],
+    w3: Sequence[Float[Array, "F D"]],
+    pairs: Int[Array, " M"],
+    offsets: Int[Array, " E+1"],
+    k: int,
+) -> tuple[Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M D"]]:
+    M, D, F = len(pairs), x.shape[1], w1[0].shape[0]
+    gate_in, up, hidden = (np.empty((M, F), x.dtype) for _ in range(3))
+    ys = np.empty((M, D), x.dtype)
+    table = np.stack([addresses(w) for w in (w1, w2, w3)])
+    _experts_few(x, table, storage(w1[0]).dtype, is_bfloat16(w1[0]), pairs, offsets, k, gate_in, up, hidden, ys)
+    return gate_in, up, ys
+
+
+@jit(parallel=True)
+def _experts_few(x, table, dtype, bf16, pairs, offsets, k, gate_in, up, hidden, ys):  # type: ignore[no-untyped-def]
+    E, (M, F), D = len(offsets) - 1, gate_in.shape, x.shape[1]
+    chosen = [e for e in range(E) if offsets[e + 1] > offsets[e]]
+    ups, downs = (F + 3) // 4, (D + 3) // 4  # blocks of four rows per expert
+    if 3 * M * F * D < FEW_PRODUCTS:
+        for i in range(len(chosen) * ups):
+            e = chosen[i // ups]
+            _hidden_rows(x, table, dtype, bf16, pairs, offsets, k, e, 4 * (i % ups), gate_in, up, hidden)
+        for i in range(len(chosen) * downs):
+            e = chosen[i // downs]
+            _output_rows(table, dtype, offsets, e, 4 * (i % downs), hidden, ys)
+    else:
+        for i in numba.prange(len(chosen) * ups):
+            e = chosen[i // ups]
+            _hidden_rows(x, table, dtype, bf16, pairs, offsets, k, e, np.int64(4 * (i % ups)), gate_in, up, hidden)
+        for i in numba.prange(len(chosen) * downs):
+            e = chosen[i // downs]
+            _output_rows(table, dtype, offsets, e, np.int64(4 * (i % downs)), hidden, ys)
+
+
+@jit()
+def _hidden_rows(x, table, dtype, bf16, pairs, offsets, k, e, f, gate_in, up, hidden):  # type: ignore[no-untyped-def]
+    """Rows f to f + 3 of w1 and w3 of expert e, for all its tokens."""
+    F, D = gate_in.shape[1], x.shape[1]
+    w1 = numba.carray(pointer(table[0, e]), (F, D), dtype)
+    w3 = numba.carray(pointer(table[2, e]), (F, D), dtype)
+    for row in range(offsets[e], offsets[e + 1]):
+        xe = x[pairs[row] // k]
+        gates, ups = four_dots(xe, w1, f), four_dots(xe, w3, f)
+        for i in range(4):
+            at = min(f + i, F - 1)
+            gate_in[row, at], up[row, at] = gates[i], ups[i]
+            value = gates[i] * sigmoid(gates[i]) * ups[i]
+            hidden[row, at] = rounded(value) if bf16 else value
+
+
+@jit()
+def _output_rows(table, dtype, offsets, e, d, hidden, ys):  # type: ignore[no-untyped-def]
+    """Rows d to d + 3 of w2 of expert e, for all its tokens."""
+    F, D = hidden.shape[1], ys.shape[1]
+    w2 = numba.carray(pointer(table[1, e]), (D, F), dtype)
+    for row in range(offsets[e], offsets[e + 1]):
+        four = four_dots(hidden[row], w2, d)
+        for i in range(4):
+            ys[row, min(d + i, D - 1)] = four[i]
+
+
+@jit()
+def _dispatch(ids, E):  # type: ignore[no-untyped-def]
+    """Counting sort: the pairs n·k + slot by expert, the bounds of the segments, and each pair's row (-1 = none)."""
+    N, k = ids.shape
+    offsets = np.zeros(E + 1, np.int64)
+    for n in range(N):
+        for slot in range(k):
+            if ids[n, slot] >= 0:
+                offsets[ids[n, slot] + 1] += 1
+    for e in range(E):
+        offsets[e + 1] += offsets[e]
+    free = offsets[:-1].copy()  # the next free row of every expert
+    pairs = np.empty(offsets[E], np.int64)
+    place = np.empty((N, k), np.int64)
+    for n in range(N):
+        for slot in range(k):
+            e = ids[n, slot]
+            place[n, slot] = -1
+            if e >= 0:
+                place[n, slot] = free[e]
+                pairs[free[e]] = n * k + slot
+                free[e] += 1
+    return pairs, offsets, place
+
+
+@jit()
+def _places(pairs, size):  # type: ignore[no-untyped-def]
+    """The inverse of `pairs`: each pair's row, -1 where it was not routed."""
+    place = np.full(size, -1, np.int64)
+    for row in range(len(pairs)):
+        place[pairs[row]] = row
+    return place
+
+
+@jit(parallel=True)
+def _gather(x, pairs, k, xs):  # type: ignore[no-untyped-def]
+    for row in numba.prange(len(pairs)):
+        source, target = x[pairs[row] // k], xs[row]
+        for d in range(x.shape[1]):
+            target[d] = source[d]
+
+
+@jit(parallel=True)
+def _gather_weighted(dout, weights, pairs, k, dys):  # type: ignore[no-untyped-def]
+    for row in numba.prange(len(pairs)):
+        source, target, weight = dout[pairs[row] // k], dys[row], weights[pairs[row]]
+        for d in range(dout.shape[1]):
+            target[d] = weight * source[d]
+
+
+@jit(parallel=True)
+def _swiglu(gate_in, up, bf16, hidden):  # type: ignore[no-untyped-def]
+    for row in numba.prange(len(up)):
+        g, u, h = gate_in[row], up[row], hidden[row]
+        for f in range(up.shape[1]):
+            h[f] = g[f] * sigmoid(g[f]) * u[f]
+        if bf16:
+            for f in range(up.shape[1]):
+                h[f] = rounded(h[f])
+
+
+@jit(parallel=True)
+def _swiglu_backward(gate_in, up, dhidden, hidden, dgate_in, dup):  # type: ignore[no-untyped-def]
+    """`dup` may be `dhidden`: every number is read before it is written."""
+    one = up.dtype.type(1)
+    for row in numba.prange(len(up)):
+        g, u, dh, h, dg, du = gate_in[row], up[row], dhidden[row], hidden[row], dgate_in[row], dup[row]
+        for f in range(up.shape[1]):
+            s = sigmoid(g[f])
+            act = g[f] * s
+            dhf = dh[f]
+            # forward: hidden = silu(gate_in) ⊙ up;  d silu / dz = s · (1 + z · (1 - s))
+            h[f] = act * u[f]
+            dg[f] = dhf * u[f] * (s * (one + g[f] * (one - s)))
+            du[f] = dhf * act
+
+
+@jit(parallel=True)
+def _combine(ys, place, weights, out, slots):  # type: ignore[no-untyped-def]
+    """Weighted sum over k in slot order; keeps the slots too where there is room for them."""
+    N, k = place.shape
+    keep = len(slots) > 0
+    for n in numba.prange(N):
+        total = out[n]
+        total[:] = 0
+        for slot in range(k):
+            row = place[n, slot]
+            if row >= 0:
+                y, weight = ys[row], weights[n, slot]
+                for d in range(ys.shape[1]):
+                    total[d] += weight * y[d]
+            if keep:
+                kept = slots[n, slot]
+                if row >= 0:
+                    kept[:] = ys[row]
+                else:
+                    kept[:] = 0
+
+
+@jit(parallel=True)
+def _sum_slots(a, b, place, out):  # type: ignore[no-untyped-def]
+    """Sum of a + b over k in slot order."""
+    N, k = place.shape
+    for n in numba.prange(N):
+        total = out[n]
+        total[:] = 0
+        for slot in range(k):
+            row = place[n, slot]
+            if row >= 0:
+                y, z = a[row], b[row]
+                for d in range(a.shape[1]):
+                    total[d] += y[d] + z[d]
+
+
+@jit(parallel=True, fastmath=FAST)
+def _dot_slots(dout, slots, dweights):  # type: ignore[no-untyped-def]
+    N, k, D = slots.shape
+    for n in numba.prange(N):
+        for slot in range(k):
+            total, dy, y = dout.dtype.type(0), dout[n], slots[n, slot]
+            for d in range(D):
+                total += dy[d] * y[d]
+            dweights[n, slot] = total

@@ -1,0 +1,128 @@
+"""Top-k softmax gating on the CPU: logits by BLAS or a matrix-vector loop, the choice by insertion.
+
+k is small, so a token keeps its best k in order while it walks over the E logits once. A candidate moves up only past
+a strictly smaller one: of equal logits the lower expert id, which came first, stays ahead.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from minimoe.arrays import is_bfloat16
+from minimoe.loops import exp, four_dots, jit, operand, product, storage, widened
+from minimoe.shapes import Array
+
+FEW_ROWS = 4
+MANY_TOKENS = 256  # below, one core chooses before others have woken up
+
+
+def forward(
+    x: Float[Array, "N D"],
+    gate: Float[Array, "E D"],
+    k: int,
+    active: Bool[Array, " N"] | None = None,
+    allowed: Bool[Array, " E"] | None = None,
+    ids: Int[Array, "N k"] | None = None,
+) -> tuple[Float[Array, "N E"], Int[Array, "N k"], Float[Array, "N k"]]:
+    N, E = len(x), len(gate)
+    x = operand(x, gate)
+    if N <= FEW_ROWS and (gate.dtype == x.dtype or is_bfloat16(gate)):
+        logits = np.empty((N, E), x.dtype)
+        _logits(x, storage(np.ascontiguousarray(gate)), logits)
+    else:
+        logits = product(x, gate)  # (N, D) -> (N, E)
+    forced = ids is not None
+    ids = np.array(ids, np.int64, order="C") if forced else np.empty((N, k), np.int64)
+    weights = np.empty(ids.shape, logits.dtype)
+    active = np.ones(N, np.bool_) if active is None else np.ascontiguousarray(active, np.bool_)
+    allowed = np.ones(E, np.bool_) if allowed is None else np.ascontiguousarray(allowed, np.bool_)
+    _choose_all(logits, allowed, active, forced, ids, weights)
+    return logits, ids, weights
+
+
+def backward(
+    dweights: Float[Array, "N k"],
+    dlogits: Float[Array, "N E"] | None,
+    x: Float[Array, "N D"],
+    gate: Float[Array, "E D"],
+    ids: Int[Array, "N k"],
+    weights: Float[Array, "N k"],
+) -> tuple[Float[Array, "N D"], Float[Array, "E D"]]:
+    total = np.zeros((len(x), len(gate)), x.dtype) if dlogits is None else np.array(dlogits, order="C")
+    # forward: weights = softmax(logits[ids])
+    _add_softmax_gradient(
+        np.ascontiguousarray(dweights), np.ascontiguousarray(ids), np.ascontiguousarray(weights), total
+    )
+    # forward: logits = x · gateᵀ
+    return total @ widened(gate), total.T @ x
+
+
+@jit()
+def _logits(x, gate, logits):  # type: ignore[no-untyped-def]
+    N, E = logits.shape
+    for e in range(0, E, 4):
+        for n in range(N):
+            four = four_dots(x[n], gate, e)
+            for i in range(4):
+                logits[n, min(e + i, E - 1)] = four[i]
+
+
+@jit(parallel=True)
+def _choose_all(logits, allowed, active, forced, ids, weights):  # type: ignore[no-untyped-def]
+    N = len(logits)
+    if N < MANY_TOKENS:
+        for n in range(N):
+            _choose(logits[n], allowed, active[n], forced, ids[n], weights[n])
+    else:
+        for n in numba.prange(N):
+            _choose(logits[n], allowed, active[n], forced, ids[n], weights[n])
+
+
+@jit()
+def _choose(logits, allowed, active, forced, ids, weights):  # type: ignore[no-untyped-def]
+    """One token: fill `ids` with its top k unless the choice is `forced`, then `weights` with their softmax."""
+    k = len(ids)
+    if not forced:
+        _top(logits, allowed, ids, weights)
+    top = logits[max(ids[0], 0)]
+    for slot in range(1, k):
+        top = max(top, logits[max(ids[slot], 0)])
+    total = top - top
+    for slot in range(k):
+        weights[slot] = exp(logits[max(ids[slot], 0)] - top)
+        total += weights[slot]
+    for slot in range(k):
+        if not active:
+            ids[slot] = -1
+        weights[slot] = weights[slot] / total if ids[slot] >= 0 else 0
+
+
+@jit(inline="always")
+def _top(logits, allowed, ids, values):  # type: ignore[no-untyped-def]
+    """The k largest logits in descending order; `values` is scratch. NaN counts as the smallest number of all."""
+    k = len(ids)
+    for e in range(len(logits)):
+        value = logits[e] if allowed[e] else logits.dtype.type(-np.inf)
+        # Find the place from below: everything strictly smaller moves down one slot, equals stay ahead.
+        slot = min(e, k)
+        while slot > 0 and (value > values[slot - 1] or (values[slot - 1] != values[slot - 1] and value == value)):
+            if slot < k:
+                ids[slot], values[slot] = ids[slot - 1], values[slot - 1]
+            slot -= 1
+        if slot < k:
+            ids[slot], values[slot] = e, value
+
+
+@jit()
+def _add_softmax_gradient(dweights, ids, weights, dlogits):  # type: ignore[no-untyped-def]
+    """dlogits[n, ids] += weights · (dweights - Σ weights · dweights)."""
+    N, k = ids.shape
+    for n in range(N):
+        mean = weights.dtype.type(0)
+        for slot in range(k):
+            mean += weights[n, slot] * dweights[n, slot]
+        for slot in range(k):
+            if ids[n, slot] >= 0:
+                dlogits[n, ids[n, slot]] += weights[n, slot] * (dweights[n, slot] - mean)

@@ -1,0 +1,1 @@
+"""Training: a corpus that anyone can rebuild offline, its tokenizer, n-gram baselines, and the training loop."""
