@@ -7,6 +7,7 @@
 """
 
 from minimoe.config import PRESETS, ConfigError, ModelConfig, preset
+from minimoe.model import Model, load, random
 from minimoe.shapes import Routing
 
 __version__ = "0.1.0"

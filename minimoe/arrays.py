@@ -72,7 +72,7 @@ def round_to_bfloat16(x: Array) -> Array:
 def operands(a: Array, b: Array) -> tuple[Array, Array]:
     """Return `a` and `b` as the operands of a matrix product, both rounded if either is stored in bfloat16."""
     if is_bfloat16(a) or is_bfloat16(b):
-        return tuple(widen(x if is_bfloat16(x) else x.astype(BFLOAT16)) for x in (a, b))  # type: ignore[return-value]
+        a, b = (widen(x if is_bfloat16(x) else x.astype(BFLOAT16)) for x in (a, b))
     return a, b
 
 

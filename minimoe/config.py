@@ -176,9 +176,7 @@ _MISTRAL = ModelConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8,
     head_dim=128, num_experts=1, num_experts_per_token=1, dense=True, rope_theta=1e4, sliding_window=4096,
 )  # fmt: skip
-_MIXTRAL = _MISTRAL.replace(
-    num_experts=8, num_experts_per_token=2, dense=False, rope_theta=1e6, sliding_window=None
-)
+_MIXTRAL = _MISTRAL.replace(num_experts=8, num_experts_per_token=2, dense=False, rope_theta=1e6, sliding_window=None)
 
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(

@@ -89,8 +89,7 @@ def _generate(
 
 def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
     """Raise a ValueError that names the setting which is out of range."""
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be an integer of at least 0, not {max_new_tokens!r}")
+    mixtral.check_count("max_new_tokens", max_new_tokens, 0)
     if not (np.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature must be finite and at least 0, not {temperature!r}")
     if not 0 < top_p <= 1:

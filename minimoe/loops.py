@@ -69,14 +69,14 @@ def widen(x: Any) -> Any:
 
 
 @overload(widen, inline="always")
-def _widen(x):  # type: ignore[no-untyped-def]
+def _widen(x):
     if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
     return lambda x: x
 
 
 @jit(inline="always")
-def narrow(x):  # type: ignore[no-untyped-def]
+def narrow(x):
     """Round a float32 to the nearest bfloat16, ties to even, as uint16. NaN stays NaN."""
     bits = np.float32(x).view(np.uint32)
     if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
@@ -86,7 +86,7 @@ def narrow(x):  # type: ignore[no-untyped-def]
 
 
 @jit(inline="always")
-def rounded(x):  # type: ignore[no-untyped-def]
+def rounded(x):
     """Round a finite float32 to bfloat16 and back: an operand of a bfloat16 product. Vectorises."""
     bits = np.float32(x).view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
@@ -99,14 +99,14 @@ def exp(x: Any) -> Any:
 
 
 @overload(exp, inline="always")
-def _exp(x):  # type: ignore[no-untyped-def]
+def _exp(x):
     if x == types.float32:
         return lambda x: _exp_float32(x)
     return lambda x: np.exp(x)
 
 
 @jit(inline="always")
-def _exp_float32(x):  # type: ignore[no-untyped-def]
+def _exp_float32(x):
     # x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7 (error 4e-9 at the ends); 2^n is added
     # to the exponent bits. Results below the smallest normal number (x < -87.3) become 0.
     inside = min(max(x, np.float32(-87.3)), np.float32(88.72283))
@@ -131,10 +131,10 @@ def sigmoid(z: Any) -> Any:
 
 
 @overload(sigmoid, inline="always")
-def _sigmoid(z):  # type: ignore[no-untyped-def]
+def _sigmoid(z):
     one = np.float32(1) if z == types.float32 else np.float64(1)  # an int would promote float32 to float64
 
-    def impl(z):  # type: ignore[no-untyped-def]
+    def impl(z):
         small = exp(-abs(z))
         return (one if z >= 0 else small) / (one + small)
 
@@ -142,13 +142,8 @@ def _sigmoid(z):  # type: ignore[no-untyped-def]
 
 
 @jit(fastmath=FAST)
-def four_dots(x, w, row):  # type: ignore[no-untyped-def]
-    """x · w[row] to x · w[row + 3], rows past the end standing for the last one.
-
-    Four rows at a time keep enough reads in flight to use the memory's bandwidth (one row: 27 GB/s, four: 33).
-    """
-    last = w.shape[0] - 1
-    w0, w1, w2, w3 = w[row], w[min(row + 1, last)], w[min(row + 2, last)], w[min(row + 3, last)]
+def four_dots(x, w0, w1, w2, w3):
+    """x · w0, ..., x · w3. Four rows at a time keep enough reads in flight to use the memory's bandwidth."""
     y0 = y1 = y2 = y3 = x.dtype.type(0)
     for i in range(x.shape[0]):
         y0 += widen(w0[i]) * x[i]
@@ -158,8 +153,15 @@ def four_dots(x, w, row):  # type: ignore[no-untyped-def]
     return y0, y1, y2, y3
 
 
+@jit(inline="always")
+def dot_rows(x, w, row):
+    """x · w[row], ..., x · w[row + 3]; the last row stands for those past the end."""
+    last = w.shape[0] - 1
+    return four_dots(x, w[row], w[min(row + 1, last)], w[min(row + 2, last)], w[min(row + 3, last)])
+
+
 @jit(parallel=True)
-def _widen_all(x, out):  # type: ignore[no-untyped-def]
+def _widen_all(x, out):
     for row in numba.prange(x.shape[0]):
         source, target = x[row], out[row]
         for i in range(x.shape[1]):
@@ -167,7 +169,7 @@ def _widen_all(x, out):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _round_all(x, out):  # type: ignore[no-untyped-def]
+def _round_all(x, out):
     for row in numba.prange(x.shape[0]):
         source, target = x[row], out[row]
         for i in range(x.shape[1]):
@@ -207,10 +209,10 @@ def product(x: Array, w: Array, out: Array | None = None) -> Array:
 
 
 @intrinsic
-def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+def pointer(typingctx, address):
     """Turn an integer address into the void pointer that numba.carray takes."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
 
     return types.voidptr(address), codegen

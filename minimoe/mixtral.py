@@ -58,9 +58,8 @@ class KVCache:
 
 def new_cache(ops: Backend, config: ModelConfig, params: Params, batch: int, max_length: int) -> KVCache:
     """Return an empty cache for `batch` sequences of at most `max_length` tokens."""
-    for name, value in (("batch", batch), ("max_length", max_length)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    check_count("batch", batch, 1)
+    check_count("max_length", max_length, 1)
     R = max_length if config.sliding_window is None else min(config.sliding_window, max_length)
     shape = (batch, R, config.num_kv_heads, config.head_dim)
     caches = [
@@ -68,6 +67,12 @@ def new_cache(ops: Backend, config: ModelConfig, params: Params, batch: int, max
         for p in params.layers
     ]
     return KVCache(caches, ops.xp.full((batch, R), -1, ops.xp.int64), np.zeros(batch, np.int64), int(max_length))
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise a ValueError unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,7 @@ def _check_positions(positions: Any, mask: Array, start: Array) -> Int[Array, "B
         used = row[mask[b]]
         if used.size and (used[0] < start[b] or np.any(np.diff(used) <= 0)):
             raise TokenError(
-                f"positions of sequence {b} must rise strictly and start at {start[b]} or later, not {used[:8].tolist()}"
+                f"positions of sequence {b} must rise strictly from {start[b]} or later, not {used[:8].tolist()}"
             )
     return pos
 

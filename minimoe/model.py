@@ -228,7 +228,7 @@ def random(config: ModelConfig, seed: int = 0, *, backend: str = "auto", dtype: 
     return model.to(ops) if ops.xp is not np else model
 
 
-def as_dtype(dtype: Any) -> np.dtype[Any]:
+def as_dtype(dtype: Any) -> Any:
     """Return the storage type called `dtype`: float32, float64 or bfloat16."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in _DTYPES:
@@ -244,4 +244,5 @@ def _batched(tokens: Any, mask: Any, positions: Any) -> tuple[Any, Any, Any, boo
         single = False
     if not single:
         return tokens, mask, positions, False
-    return (*(None if x is None else np.asarray(x)[None] for x in (tokens, mask, positions)), True)
+    tokens, mask, positions = (None if x is None else np.asarray(x)[None] for x in (tokens, mask, positions))
+    return tokens, mask, positions, True

@@ -63,9 +63,9 @@ class Params:
         return self.tok_embeddings if self.output is None else self.output
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> Any:
         """The storage type, that of the embedding table."""
-        return np.dtype(self.tok_embeddings.dtype)
+        return self.tok_embeddings.dtype
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -162,15 +162,11 @@ def map_leaves(params: Params, change: Callable[[Array], Array]) -> Params:
             change(old.attention_norm),
             AttentionParams(change(a.wq), change(a.wk), change(a.wv), change(a.wo)),
             change(old.ffn_norm),
-            FeedForwardParams(
-                None if f.gate is None else change(f.gate), experts(f.w1), experts(f.w2), experts(f.w3)
-            ),
+            FeedForwardParams(None if f.gate is None else change(f.gate), experts(f.w1), experts(f.w2), experts(f.w3)),
         )
 
     output = None if params.output is None else change(params.output)
-    return Params(
-        change(params.tok_embeddings), [layer(old) for old in params.layers], change(params.norm), output
-    )
+    return Params(change(params.tok_embeddings), [layer(old) for old in params.layers], change(params.norm), output)
 
 
 def stack_experts(params: Params) -> Params:
@@ -178,8 +174,8 @@ def stack_experts(params: Params) -> Params:
 
     def stacked(layer: LayerParams) -> LayerParams:
         ffn = layer.feed_forward
-        w1, w2, w3 = (np.stack(list(w)) if isinstance(w, list) else w for w in (ffn.w1, ffn.w2, ffn.w3))
-        return dataclasses.replace(layer, feed_forward=FeedForwardParams(ffn.gate, w1, w2, w3))
+        experts: list[Any] = [np.stack(w) if isinstance(w, list) else w for w in (ffn.w1, ffn.w2, ffn.w3)]
+        return dataclasses.replace(layer, feed_forward=FeedForwardParams(ffn.gate, *experts))
 
     return dataclasses.replace(params, layers=[stacked(layer) for layer in params.layers])
 

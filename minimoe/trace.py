@@ -71,7 +71,7 @@ class Recorder:
 
     def __init__(self, params: Params) -> None:
         self.calls: list[Call] = []
-        self._weights = {id(leaf) for _, leaf in leaves(params)}
+        self._weights = {id(leaf): leaf for _, leaf in leaves(params)}  # held, or their ids could be given to others
 
     def wrap(self, ops: Backend) -> Backend:
         """Return `ops` with every function of every room recorded."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from minimoe.config import ConfigError
 
-_LISTED = 8  # names of one kind that a message gives in full
+_LISTED = 12  # names of one kind that a message gives in full
 
 
 class CheckpointError(ValueError):
@@ -83,7 +83,7 @@ def shown(name: object) -> str:
     ('model.norm.weight', "'a\\\\x1b[31m'")
     """
     text = name if isinstance(name, str) and name and name.isprintable() else repr(name)
-    return text if len(text) <= 160 else f"{text[:120]}… ({len(text):,} characters)"
+    return text if len(text) <= 200 else f"{text[:160]}… ({len(text):,} characters)"
 
 
 def listed(names: Iterable[str], limit: int = _LISTED) -> str:
@@ -98,7 +98,7 @@ def listed(names: Iterable[str], limit: int = _LISTED) -> str:
     if len(every) > limit:
         groups: dict[str, list[str]] = {}
         for name in every:
-            groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+            groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
         every = [_group(pattern, group) for pattern, group in groups.items()]
     more = f" and {len(every) - limit} more" if len(every) > limit else ""
     return ", ".join(every[:limit]) + more

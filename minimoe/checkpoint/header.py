@@ -96,9 +96,7 @@ def read_header(
     _check_types(entries, where, types)
     placed = [_tensor(key, entry, name, where, types) for key, entry in entries.items()]
     _check_layout(placed, size - 8 - length, size, where)
-    return {
-        info.name: TensorInfo(info.name, info.dtype, info.shape, name, 8 + length + info.offset) for info in placed
-    }
+    return {info.name: TensorInfo(info.name, info.dtype, info.shape, name, 8 + length + info.offset) for info in placed}
 
 
 def _header_length(start: bytes, size: int, where: str) -> int:
@@ -107,7 +105,9 @@ def _header_length(start: bytes, size: int, where: str) -> int:
     if start.startswith(_LFS):
         raise DamagedFileError(f"{where}: a Git-LFS pointer, not the weights themselves; fetch them with: git lfs pull")
     if start.startswith(_PICKLES):
-        raise UnsafeFormatError(f"{where}: a pickle or zip file, not safetensors; never opened, because it can run code")
+        raise UnsafeFormatError(
+            f"{where}: a pickle or zip file, not safetensors; never opened, because it can run code"
+        )
     if size < 8:
         raise DamagedFileError(f"{where}: truncated: {size} bytes, too few for a header")
     length = int.from_bytes(start[:8], "little")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from minimoe.arrays import to_host
-from minimoe.checkpoint.errors import MissingFileError, SaveError, gigabytes
+from minimoe.checkpoint.errors import DamagedFileError, MissingFileError, SaveError, gigabytes, shown
 from minimoe.checkpoint.header import ALL_TYPES, TensorInfo, read_header
 from minimoe.shapes import Array
 
@@ -63,14 +63,16 @@ def load_tensors(path: str | Path) -> dict[str, Array]:
         raise MissingFileError(f"{path}: cannot be opened: {error.strerror}") from None
     with file:
         infos = read_header(file, path.name, str(path), ALL_TYPES)
-        return {info.name: _read(file, info) for info in infos.values()}
+        return {name: read_elements(file, info, 0, info.size).reshape(info.shape) for name, info in infos.items()}
 
 
-def _read(file: BinaryIO, info: TensorInfo) -> Array:
-    array = np.empty(info.shape, info.dtype)
-    file.seek(info.offset)
-    file.readinto(array.reshape(-1).view(np.uint8))  # type: ignore[attr-defined]
-    return array
+def read_elements(file: BinaryIO, info: TensorInfo, start: int, count: int) -> Array:
+    """Read `count` elements of a tensor's flattened values, from the one numbered `start`."""
+    file.seek(info.offset + start * info.dtype.itemsize)
+    data = bytearray(file.read(count * info.dtype.itemsize))  # a bytearray, so that the array is writable
+    if len(data) < count * info.dtype.itemsize:
+        raise DamagedFileError(f"{info.file}: became shorter while it was read, in tensor {shown(info.name)}")
+    return np.frombuffer(data, info.dtype)
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:

@@ -117,7 +117,9 @@ def _loop(
 
 
 def _status(metrics: Metrics, loss: float, rate: float) -> str:
-    return f"loss {loss:.3f}, {rate:,.0f} tokens/s, balance {metrics.balance:.3f}, least share {metrics.least_share:.2f}"
+    return (
+        f"loss {loss:.3f}, {rate:,.0f} tokens/s, balance {metrics.balance:.3f}, least share {metrics.least_share:.2f}"
+    )
 
 
 class _Interrupt:

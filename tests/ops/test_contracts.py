@@ -1,4 +1,4 @@
-"""The dialects keep their contracts, and the check of shapes that runs beside all other tests catches what it should."""
+"""The dialects keep their contracts, and the check of shapes that runs beside all tests catches what it should."""
 
 import inspect
 

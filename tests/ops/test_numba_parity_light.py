@@ -397,7 +397,7 @@ TOP_PS = [1e-12, 0.1, 0.5, 0.9, 0.999, 1.0]
 
 
 @FLOATS
-@pytest.mark.parametrize("B, V", [(1, 1), (1, 2), (3, 17), (1, 5000), (5, 1031)])
+@pytest.mark.parametrize(("B", "V"), [(1, 1), (1, 2), (3, 17), (1, 5000), (5, 1031)])
 def test_sampling_draws_the_same_tokens(dtype, B, V):
     for seed in range(24):
         rng = np.random.default_rng(seed)

@@ -237,7 +237,7 @@ def test_generated_c_compiles_without_a_warning(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_encoded_documents_start_with_bos_and_come_back(small: corpus.Corpus) -> None:
+def test_encoded_documents_start_with_bos_end_with_eos_and_come_back(small: corpus.Corpus) -> None:
     tokenizer = Tokenizer(MODEL)
     encoded = corpus.encode(small, tokenizer)
     for part, documents in (("train", small.train), ("held_out", small.held_out)):
@@ -245,6 +245,7 @@ def test_encoded_documents_start_with_bos_and_come_back(small: corpus.Corpus) ->
             array = encoded[part][domain]
             assert array.dtype == np.uint16
             pieces = np.split(array, np.flatnonzero(array == tokenizer.bos_id))[1:]
+            assert all(piece[-1] == tokenizer.eos_id for piece in pieces)
             assert [tokenizer.decode(piece) for piece in pieces] == [document.text for document in documents[domain]]
 
 

@@ -60,7 +60,7 @@ def squared_norm(g: Float[Array, "..."]) -> float:
 
 
 @jit(parallel=True)
-def _step(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale):  # type: ignore[no-untyped-def]
+def _step(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale):
     if w.size < SMALL:
         for i in range(w.size):
             _step_one(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale, i)
@@ -70,7 +70,7 @@ def _step(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, 
 
 
 @jit(inline="always")
-def _step_one(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale, i):  # type: ignore[no-untyped-def]
+def _step_one(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale, i):
     gradient = g[i] * scale
     m[i] = beta1 * m[i] + rest1 * gradient
     v[i] = beta2 * v[i] + rest2 * gradient * gradient
@@ -78,7 +78,7 @@ def _step_one(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, e
 
 
 @jit(parallel=True)
-def _squared_norm(g, partial):  # type: ignore[no-untyped-def]
+def _squared_norm(g, partial):
     if g.size < SMALL:
         for block in range(partial.size):
             partial[block] = _square_block(g, block)
@@ -92,7 +92,7 @@ def _squared_norm(g, partial):  # type: ignore[no-untyped-def]
 
 
 @jit(fastmath=FAST)
-def _square_block(g, block):  # type: ignore[no-untyped-def]
+def _square_block(g, block):
     total = 0.0
     for i in range(block * BLOCK, min(g.size, (block + 1) * BLOCK)):
         total += np.float64(g[i]) * np.float64(g[i])

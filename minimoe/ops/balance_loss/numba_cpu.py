@@ -55,9 +55,7 @@ def _active(active: Bool[Array, " N"] | None, N: int) -> tuple[Bool[Array, " N"]
     return keep, int(np.count_nonzero(keep))
 
 
-def _share(
-    ids: Int[Array, "L N k"], keep: Bool[Array, " N"], count: int, E: int, form: str
-) -> Float[Array, "L E"]:
+def _share(ids: Int[Array, "L N k"], keep: Bool[Array, " N"], count: int, E: int, form: str) -> Float[Array, "L E"]:
     """The shares f summed over the slots that count, in float64."""
     if form not in ("concatenated", "per_layer", "switch"):
         raise ValueError(f"balance form must be concatenated, per_layer or switch, not {form!r}")
@@ -68,7 +66,7 @@ def _share(
 
 
 @jit()
-def _count(ids, keep, slots, chosen):  # type: ignore[no-untyped-def]
+def _count(ids, keep, slots, chosen):
     L, N, _ = ids.shape
     for layer in range(L):
         for n in range(N):
@@ -78,7 +76,7 @@ def _count(ids, keep, slots, chosen):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _sum_probs(logits, keep, total):  # type: ignore[no-untyped-def]
+def _sum_probs(logits, keep, total):
     L, blocks, _ = total.shape
     if logits.size < SMALL:
         for block in range(L * blocks):
@@ -89,7 +87,7 @@ def _sum_probs(logits, keep, total):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _sum_block(logits, keep, layer, block, total):  # type: ignore[no-untyped-def]
+def _sum_block(logits, keep, layer, block, total):
     _, N, E = logits.shape
     probs = np.empty(E, logits.dtype)
     for n in range(block * TOKENS, min(N, (block + 1) * TOKENS)):
@@ -100,7 +98,7 @@ def _sum_block(logits, keep, layer, block, total):  # type: ignore[no-untyped-de
 
 
 @jit()
-def _softmax(logits, layer, n, probs):  # type: ignore[no-untyped-def]
+def _softmax(logits, layer, n, probs):
     E = logits.shape[2]
     top = logits[layer, n, 0]
     for e in range(1, E):
@@ -114,7 +112,7 @@ def _softmax(logits, layer, n, probs):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _backward(logits, keep, dprobs, dlogits):  # type: ignore[no-untyped-def]
+def _backward(logits, keep, dprobs, dlogits):
     L, N, _ = logits.shape
     blocks = (N + TOKENS - 1) // TOKENS
     if logits.size < SMALL:
@@ -126,7 +124,7 @@ def _backward(logits, keep, dprobs, dlogits):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _backward_block(logits, keep, dprobs, layer, block, dlogits):  # type: ignore[no-untyped-def]
+def _backward_block(logits, keep, dprobs, layer, block, dlogits):
     _, N, E = logits.shape
     probs = np.empty(E, logits.dtype)
     for n in range(block * TOKENS, min(N, (block + 1) * TOKENS)):

@@ -37,7 +37,7 @@ def backward(
 
 
 @jit(parallel=True)
-def _forward(logits, targets, losses, lse):  # type: ignore[no-untyped-def]
+def _forward(logits, targets, losses, lse):
     N = logits.shape[0]
     if logits.size < SMALL:
         for n in range(N):
@@ -55,24 +55,35 @@ def _forward(logits, targets, losses, lse):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _forward_row(logits, targets, n, losses, lse):  # type: ignore[no-untyped-def]
+def _forward_row(logits, targets, n, losses, lse):
     top = _row_max(logits, n)
     lse[n] = top + np.log(_row_sum_exp(logits, n, top))
     losses[n] = lse[n] - logits[n, targets[n]] if targets[n] >= 0 else 0
 
 
-# A maximum vectorises only if the compiler may assume that there is no NaN. Where there is one, the maximum may be any
-# number, but the sum of exponentials, compiled without that assumption, is NaN all the same.
-@jit(fastmath={"nnan", "nsz"})
-def _row_max(logits, n):  # type: ignore[no-untyped-def]
-    top = logits[n, 0]
-    for v in range(1, logits.shape[1]):
-        top = max(top, logits[n, v])
-    return top
+@jit()
+def _row_max(logits, n):
+    # Eight running maxima: with one, every comparison would wait for the one before. (The compiler itself splits a
+    # maximum, unlike a sum, only if it is told that there are no NaN.)
+    V = logits.shape[1]
+    whole = V // 8 * 8
+    a = b = c = d = e = f = g = h = logits[n, 0]
+    for v in range(0, whole, 8):
+        a = max(a, logits[n, v])
+        b = max(b, logits[n, v + 1])
+        c = max(c, logits[n, v + 2])
+        d = max(d, logits[n, v + 3])
+        e = max(e, logits[n, v + 4])
+        f = max(f, logits[n, v + 5])
+        g = max(g, logits[n, v + 6])
+        h = max(h, logits[n, v + 7])
+    for v in range(whole, V):
+        a = max(a, logits[n, v])
+    return max(max(max(a, b), max(c, d)), max(max(e, f), max(g, h)))
 
 
 @jit(fastmath=FAST)
-def _row_sum_exp(logits, n, top):  # type: ignore[no-untyped-def]
+def _row_sum_exp(logits, n, top):
     total = logits.dtype.type(0)
     for v in range(logits.shape[1]):
         total += exp(logits[n, v] - top)
@@ -80,7 +91,7 @@ def _row_sum_exp(logits, n, top):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _backward(scale, logits, targets, lse, dlogits):  # type: ignore[no-untyped-def]
+def _backward(scale, logits, targets, lse, dlogits):
     N = logits.shape[0]
     if logits.size < SMALL:
         for n in range(N):
@@ -91,7 +102,7 @@ def _backward(scale, logits, targets, lse, dlogits):  # type: ignore[no-untyped-
 
 
 @jit()
-def _backward_row(scale, logits, targets, lse, n, dlogits):  # type: ignore[no-untyped-def]
+def _backward_row(scale, logits, targets, lse, n, dlogits):
     V = logits.shape[1]
     if targets[n] < 0:
         for v in range(V):

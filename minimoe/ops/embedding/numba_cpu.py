@@ -35,7 +35,7 @@ def backward(dx: Float[Array, "N D"], tokens: Int[Array, " N"], vocab_size: int)
 
 
 @jit(parallel=True)
-def _gather(tokens, table, x):  # type: ignore[no-untyped-def]
+def _gather(tokens, table, x):
     N, D = x.shape
     if N * D < SMALL:
         for n in range(N):
@@ -46,14 +46,14 @@ def _gather(tokens, table, x):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _copy_row(tokens, table, n, x):  # type: ignore[no-untyped-def]
+def _copy_row(tokens, table, n, x):
     row = tokens[n]
     for d in range(x.shape[1]):
         x[n, d] = widen(table[row, d])
 
 
 @jit(parallel=True)
-def _scatter_add(dx, tokens, dtable):  # type: ignore[no-untyped-def]
+def _scatter_add(dx, tokens, dtable):
     N, D = dx.shape
     if N * D < SMALL:
         _add_columns(dx, tokens, 0, D, dtable)
@@ -63,7 +63,7 @@ def _scatter_add(dx, tokens, dtable):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _add_columns(dx, tokens, start, stop, dtable):  # type: ignore[no-untyped-def]
+def _add_columns(dx, tokens, start, stop, dtable):
     for n in range(tokens.size):
         row = tokens[n]
         for d in range(start, stop):

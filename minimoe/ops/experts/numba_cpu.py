@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
 from minimoe.loops import (
-    FAST, addresses, four_dots, jit, operand, pointer, product, rounded, sigmoid, storage, widened
+    FAST, addresses, dot_rows, jit, operand, pointer, product, rounded, sigmoid, storage, widened
 )
 from minimoe.ops.experts import Saved
 from minimoe.shapes import Array
@@ -138,7 +138,7 @@ def _few(
 
 
 @jit(parallel=True)
-def _experts_few(x, table, dtype, bf16, pairs, offsets, k, gate_in, up, hidden, ys):  # type: ignore[no-untyped-def]
+def _experts_few(x, table, dtype, bf16, pairs, offsets, k, gate_in, up, hidden, ys):
     E, (M, F), D = len(offsets) - 1, gate_in.shape, x.shape[1]
     chosen = [e for e in range(E) if offsets[e + 1] > offsets[e]]
     ups, downs = (F + 3) // 4, (D + 3) // 4  # blocks of four rows per expert
@@ -159,14 +159,14 @@ def _experts_few(x, table, dtype, bf16, pairs, offsets, k, gate_in, up, hidden, 
 
 
 @jit()
-def _hidden_rows(x, table, dtype, bf16, pairs, offsets, k, e, f, gate_in, up, hidden):  # type: ignore[no-untyped-def]
+def _hidden_rows(x, table, dtype, bf16, pairs, offsets, k, e, f, gate_in, up, hidden):
     """Rows f to f + 3 of w1 and w3 of expert e, for all its tokens."""
     F, D = gate_in.shape[1], x.shape[1]
     w1 = numba.carray(pointer(table[0, e]), (F, D), dtype)
     w3 = numba.carray(pointer(table[2, e]), (F, D), dtype)
     for row in range(offsets[e], offsets[e + 1]):
         xe = x[pairs[row] // k]
-        gates, ups = four_dots(xe, w1, f), four_dots(xe, w3, f)
+        gates, ups = dot_rows(xe, w1, f), dot_rows(xe, w3, f)
         for i in range(4):
             at = min(f + i, F - 1)
             gate_in[row, at], up[row, at] = gates[i], ups[i]
@@ -175,18 +175,18 @@ def _hidden_rows(x, table, dtype, bf16, pairs, offsets, k, e, f, gate_in, up, hi
 
 
 @jit()
-def _output_rows(table, dtype, offsets, e, d, hidden, ys):  # type: ignore[no-untyped-def]
+def _output_rows(table, dtype, offsets, e, d, hidden, ys):
     """Rows d to d + 3 of w2 of expert e, for all its tokens."""
     F, D = hidden.shape[1], ys.shape[1]
     w2 = numba.carray(pointer(table[1, e]), (D, F), dtype)
     for row in range(offsets[e], offsets[e + 1]):
-        four = four_dots(hidden[row], w2, d)
+        four = dot_rows(hidden[row], w2, d)
         for i in range(4):
             ys[row, min(d + i, D - 1)] = four[i]
 
 
 @jit()
-def _dispatch(ids, E):  # type: ignore[no-untyped-def]
+def _dispatch(ids, E):
     """Counting sort: the pairs n·k + slot by expert, the bounds of the segments, and each pair's row (-1 = none)."""
     N, k = ids.shape
     offsets = np.zeros(E + 1, np.int64)
@@ -211,7 +211,7 @@ def _dispatch(ids, E):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _places(pairs, size):  # type: ignore[no-untyped-def]
+def _places(pairs, size):
     """The inverse of `pairs`: each pair's row, -1 where it was not routed."""
     place = np.full(size, -1, np.int64)
     for row in range(len(pairs)):
@@ -220,7 +220,7 @@ def _places(pairs, size):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _gather(x, pairs, k, xs):  # type: ignore[no-untyped-def]
+def _gather(x, pairs, k, xs):
     for row in numba.prange(len(pairs)):
         source, target = x[pairs[row] // k], xs[row]
         for d in range(x.shape[1]):
@@ -228,7 +228,7 @@ def _gather(x, pairs, k, xs):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _gather_weighted(dout, weights, pairs, k, dys):  # type: ignore[no-untyped-def]
+def _gather_weighted(dout, weights, pairs, k, dys):
     for row in numba.prange(len(pairs)):
         source, target, weight = dout[pairs[row] // k], dys[row], weights[pairs[row]]
         for d in range(dout.shape[1]):
@@ -236,7 +236,7 @@ def _gather_weighted(dout, weights, pairs, k, dys):  # type: ignore[no-untyped-d
 
 
 @jit(parallel=True)
-def _swiglu(gate_in, up, bf16, hidden):  # type: ignore[no-untyped-def]
+def _swiglu(gate_in, up, bf16, hidden):
     for row in numba.prange(len(up)):
         g, u, h = gate_in[row], up[row], hidden[row]
         for f in range(up.shape[1]):
@@ -247,7 +247,7 @@ def _swiglu(gate_in, up, bf16, hidden):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _swiglu_backward(gate_in, up, dhidden, hidden, dgate_in, dup):  # type: ignore[no-untyped-def]
+def _swiglu_backward(gate_in, up, dhidden, hidden, dgate_in, dup):
     """`dup` may be `dhidden`: every number is read before it is written."""
     one = up.dtype.type(1)
     for row in numba.prange(len(up)):
@@ -263,7 +263,7 @@ def _swiglu_backward(gate_in, up, dhidden, hidden, dgate_in, dup):  # type: igno
 
 
 @jit(parallel=True)
-def _combine(ys, place, weights, out, slots):  # type: ignore[no-untyped-def]
+def _combine(ys, place, weights, out, slots):
     """Weighted sum over k in slot order; keeps the slots too where there is room for them."""
     N, k = place.shape
     keep = len(slots) > 0
@@ -285,7 +285,7 @@ def _combine(ys, place, weights, out, slots):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _sum_slots(a, b, place, out):  # type: ignore[no-untyped-def]
+def _sum_slots(a, b, place, out):
     """Sum of a + b over k in slot order."""
     N, k = place.shape
     for n in numba.prange(N):
@@ -300,7 +300,7 @@ def _sum_slots(a, b, place, out):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True, fastmath=FAST)
-def _dot_slots(dout, slots, dweights):  # type: ignore[no-untyped-def]
+def _dot_slots(dout, slots, dweights):
     N, k, D = slots.shape
     for n in numba.prange(N):
         for slot in range(k):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import exp, four_dots, jit, operand, product, storage, widened
+from minimoe.loops import exp, dot_rows, jit, operand, product, storage, widened
 from minimoe.shapes import Array
 
 FEW_ROWS = 4
@@ -60,17 +60,17 @@ def backward(
 
 
 @jit()
-def _logits(x, gate, logits):  # type: ignore[no-untyped-def]
+def _logits(x, gate, logits):
     N, E = logits.shape
     for e in range(0, E, 4):
         for n in range(N):
-            four = four_dots(x[n], gate, e)
+            four = dot_rows(x[n], gate, e)
             for i in range(4):
                 logits[n, min(e + i, E - 1)] = four[i]
 
 
 @jit(parallel=True)
-def _choose_all(logits, allowed, active, forced, ids, weights):  # type: ignore[no-untyped-def]
+def _choose_all(logits, allowed, active, forced, ids, weights):
     N = len(logits)
     if N < MANY_TOKENS:
         for n in range(N):
@@ -81,7 +81,7 @@ def _choose_all(logits, allowed, active, forced, ids, weights):  # type: ignore[
 
 
 @jit()
-def _choose(logits, allowed, active, forced, ids, weights):  # type: ignore[no-untyped-def]
+def _choose(logits, allowed, active, forced, ids, weights):
     """One token: fill `ids` with its top k unless the choice is `forced`, then `weights` with their softmax."""
     k = len(ids)
     if not forced:
@@ -100,7 +100,7 @@ def _choose(logits, allowed, active, forced, ids, weights):  # type: ignore[no-u
 
 
 @jit(inline="always")
-def _top(logits, allowed, ids, values):  # type: ignore[no-untyped-def]
+def _top(logits, allowed, ids, values):
     """The k largest logits in descending order; `values` is scratch. NaN counts as the smallest number of all."""
     k = len(ids)
     for e in range(len(logits)):
@@ -116,7 +116,7 @@ def _top(logits, allowed, ids, values):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _add_softmax_gradient(dweights, ids, weights, dlogits):  # type: ignore[no-untyped-def]
+def _add_softmax_gradient(dweights, ids, weights, dlogits):
     """dlogits[n, ids] += weights · (dweights - Σ weights · dweights)."""
     N, k = ids.shape
     for n in range(N):

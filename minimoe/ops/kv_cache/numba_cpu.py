@@ -27,7 +27,7 @@ def forward(
     positions: Int[Array, "B T"],
 ) -> None:
     """See the contract."""
-    new_k, new_v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+    new_k, new_v = storage(np.ascontiguousarray(k)), storage(np.ascontiguousarray(v))
     _write(storage(k_cache), storage(v_cache), new_k, new_v, np.ascontiguousarray(positions, np.int64))
 
 
@@ -53,14 +53,14 @@ def stored(x: Any, slot: Any) -> Any:
 
 
 @overload(stored)
-def _stored(x, slot):  # type: ignore[no-untyped-def]
-    if slot == types.uint16:
+def _stored(x, slot):
+    if slot == types.uint16 and x != types.uint16:
         return lambda x, slot: narrow(x)
     return lambda x, slot: x
 
 
 @jit()
-def _oldest_kept(positions, b, R):  # type: ignore[no-untyped-def]
+def _oldest_kept(positions, b, R):
     """The lowest position of row b that stays in R slots; padding (-1) is below it."""
     newest = np.int64(-1)
     for t in range(positions.shape[1]):
@@ -69,7 +69,7 @@ def _oldest_kept(positions, b, R):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _write(k_cache, v_cache, k, v, positions):  # type: ignore[no-untyped-def]
+def _write(k_cache, v_cache, k, v, positions):
     B, T, _, _ = k.shape
     if k.size < SMALL:
         for b in range(B):
@@ -84,7 +84,7 @@ def _write(k_cache, v_cache, k, v, positions):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _write_token(k_cache, v_cache, k, v, positions, b, t, oldest):  # type: ignore[no-untyped-def]
+def _write_token(k_cache, v_cache, k, v, positions, b, t, oldest):
     _, R, K, C = k_cache.shape
     if positions[b, t] < oldest:
         return
@@ -96,7 +96,7 @@ def _write_token(k_cache, v_cache, k, v, positions, b, t, oldest):  # type: igno
 
 
 @jit()
-def _write_positions(cache_positions, positions):  # type: ignore[no-untyped-def]
+def _write_positions(cache_positions, positions):
     B, T = positions.shape
     R = cache_positions.shape[1]
     for b in range(B):
@@ -107,7 +107,7 @@ def _write_positions(cache_positions, positions):  # type: ignore[no-untyped-def
 
 
 @jit(parallel=True)
-def _take(dk_cache, dv_cache, dk, dv, positions):  # type: ignore[no-untyped-def]
+def _take(dk_cache, dv_cache, dk, dv, positions):
     B, T, _, _ = dk.shape
     if dk.size < SMALL:
         for b in range(B):
@@ -122,7 +122,7 @@ def _take(dk_cache, dv_cache, dk, dv, positions):  # type: ignore[no-untyped-def
 
 
 @jit()
-def _take_token(dk_cache, dv_cache, dk, dv, positions, b, t, oldest):  # type: ignore[no-untyped-def]
+def _take_token(dk_cache, dv_cache, dk, dv, positions, b, t, oldest):
     _, R, K, C = dk_cache.shape
     if positions[b, t] < oldest:
         return

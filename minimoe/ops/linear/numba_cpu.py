@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import four_dots, jit, operand, pointer, product, rounded, storage, widened
+from minimoe.loops import dot_rows, jit, operand, pointer, product, rounded, storage, widened
 from minimoe.shapes import Array
 
 FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
@@ -55,7 +55,7 @@ def _forward_few(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]])
 
 
 @jit(parallel=True)
-def _few(x, table, dtype, bf16, out):  # type: ignore[no-untyped-def]
+def _few(x, table, dtype, bf16, out):
     N, I = x.shape
     if bf16:
         x = x.copy()
@@ -74,7 +74,7 @@ def _few(x, table, dtype, bf16, out):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _four_rows(x, table, dtype, out, block):  # type: ignore[no-untyped-def]
+def _four_rows(x, table, dtype, out, block):
     """Block `block` of four rows, counted through all the weights; the tables lie one after the other in `out`."""
     N, I = x.shape
     weight = start = 0
@@ -87,7 +87,7 @@ def _four_rows(x, table, dtype, out, block):  # type: ignore[no-untyped-def]
     row = 4 * block
     for n in range(N):
         y = out[start + n * O : start + (n + 1) * O]
-        y0, y1, y2, y3 = four_dots(x[n], w, row)
+        y0, y1, y2, y3 = dot_rows(x[n], w, row)
         y[row] = y0
         y[min(row + 1, O - 1)] = y1
         y[min(row + 2, O - 1)] = y2

@@ -51,7 +51,7 @@ def backward(
 
 
 @jit(parallel=True)
-def _forward(x, residual, weight, eps, y, h, r):  # type: ignore[no-untyped-def]
+def _forward(x, residual, weight, eps, y, h, r):
     N, D = x.shape
     if N * D < SMALL:
         for n in range(N):
@@ -66,13 +66,13 @@ def _forward(x, residual, weight, eps, y, h, r):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _add_row(x, residual, n, h):  # type: ignore[no-untyped-def]
+def _add_row(x, residual, n, h):
     for d in range(x.shape[1]):
         h[n, d] = x[n, d] + residual[n, d]
 
 
 @jit(fastmath=FAST)
-def _normalise_row(h, weight, eps, n, y, r):  # type: ignore[no-untyped-def]
+def _normalise_row(h, weight, eps, n, y, r):
     D = h.shape[1]
     square = h.dtype.type(0)
     for d in range(D):
@@ -84,7 +84,7 @@ def _normalise_row(h, weight, eps, n, y, r):  # type: ignore[no-untyped-def]
 
 
 @jit(parallel=True)
-def _backward(dy, h, weight, r, dh, dx, partial, dweight):  # type: ignore[no-untyped-def]
+def _backward(dy, h, weight, r, dh, dx, partial, dweight):
     N, D = h.shape
     blocks = partial.shape[0]
     if N * D < SMALL:
@@ -105,7 +105,7 @@ def _backward(dy, h, weight, r, dh, dx, partial, dweight):  # type: ignore[no-un
 
 
 @jit(fastmath=FAST)
-def _backward_row(dy, h, weight, r, n, dx, partial, block):  # type: ignore[no-untyped-def]
+def _backward_row(dy, h, weight, r, n, dx, partial, block):
     D = h.shape[1]
     scale = r[n]
     # forward: normed = h · r(h), and dr/dh = -r³ h / D

@@ -38,7 +38,7 @@ def backward(dy: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Arr
 
 
 @jit(parallel=True)
-def _rotate(x, cos, sin, y):  # type: ignore[no-untyped-def]
+def _rotate(x, cos, sin, y):
     N = x.shape[0]
     if x.size < SMALL:
         for n in range(N):
@@ -49,7 +49,7 @@ def _rotate(x, cos, sin, y):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _rotate_token(x, cos, sin, n, y):  # type: ignore[no-untyped-def]
+def _rotate_token(x, cos, sin, n, y):
     _, H, C = x.shape
     c = C // 2
     for h in range(H):

@@ -36,7 +36,7 @@ def forward(
 
 
 @jit(parallel=True)
-def _draw(probs, top_p, uniform, ids):  # type: ignore[no-untyped-def]
+def _draw(probs, top_p, uniform, ids):
     B = probs.shape[0]
     if B == 1 or probs.size < SMALL:
         for b in range(B):
@@ -47,7 +47,7 @@ def _draw(probs, top_p, uniform, ids):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _draw_row(probs, top_p, uniform):  # type: ignore[no-untyped-def]
+def _draw_row(probs, top_p, uniform):
     V = probs.size
     order = _descending(probs)
     mass = np.empty(V)
@@ -63,7 +63,7 @@ def _draw_row(probs, top_p, uniform):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _descending(probs):  # type: ignore[no-untyped-def]
+def _descending(probs):
     """The ids in descending order of their numbers, equals in ascending order of ids."""
     V = probs.size
     keys, sorted_keys = np.empty(V, np.uint64), np.empty(V, np.uint64)

@@ -1,0 +1,99 @@
+"""Read every tensor of a checkpoint and find the values that no model should hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from minimoe.checkpoint.errors import shown
+from minimoe.checkpoint.folder import Folder, read_whole
+from minimoe.checkpoint.header import TensorInfo
+from minimoe.checkpoint.matching import match
+from minimoe.checkpoint.reading import config_of
+from minimoe.checkpoint.shards import open_shards
+from minimoe.checkpoint.tensors import read_elements
+from minimoe.shapes import Array
+
+_CHUNK = 1 << 22  # elements read at a time
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A tensor with NaN or infinite values.
+
+    Attributes
+    ----------
+    tensor, file : its name and shard
+    nans, infinities : how many there are
+    first : index of the first of either
+    """
+
+    tensor: str
+    file: str
+    nans: int
+    infinities: int
+    first: tuple[int, ...]
+
+    def __str__(self) -> str:
+        counts = {"NaN": self.nans, "Inf": self.infinities}
+        what = " and ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+        return f"{self.file}: tensor {shown(self.tensor)} holds {what}, the first at {list(self.first)}"
+
+
+def verify(folder: str | Path, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Problem]:
+    """Open and read every tensor of a checkpoint, in little memory.
+
+    Parameters
+    ----------
+    folder : path
+    progress : called with the bytes read so far, and those there are
+
+    Returns
+    -------
+    list of Problem
+        Tensors with NaN or Inf; empty where all is well.
+
+    Raises
+    ------
+    CheckpointError
+        If config, headers, names or shapes are wrong, before any tensor is read; or if a file cannot be read to its
+        end.
+    """
+
+    def read(opened: Folder) -> list[Problem]:
+        with open_shards(opened) as shards:
+            match(config_of(opened), shards, str(opened.path))
+            problems: list[Problem] = []
+            done = 0
+            for info in shards.tensors.values():
+                where = []
+                for start in range(0, info.size, _CHUNK):
+                    chunk = read_elements(shards.files[info.file], info, start, min(_CHUNK, info.size - start))
+                    where.append(_not_finite(chunk, start))
+                    done += chunk.nbytes
+                    progress(done, shards.nbytes)
+                problems += _problem(info, where)
+            return problems
+
+    return read_whole(folder, read)
+
+
+def _not_finite(chunk: Array, start: int) -> tuple[int, int, int | None]:
+    """Count NaN and Inf; say where the first of them is among all values of the tensor."""
+    finite = np.isfinite(chunk)
+    if finite.all():
+        return 0, 0, None
+    nans = int(np.isnan(chunk).sum())
+    return nans, int((~finite).sum()) - nans, start + int(finite.argmin())
+
+
+def _problem(info: TensorInfo, where: list[tuple[int, int, int | None]]) -> list[Problem]:
+    nans, infinities = sum(n for n, _, _ in where), sum(n for _, n, _ in where)
+    first = next((place for *_, place in where if place is not None), None)
+    if first is None:
+        return []
+    index = tuple(int(i) for i in np.unravel_index(first, info.shape))
+    return [Problem(info.name, info.file, nans, infinities, index)]

@@ -1,0 +1,154 @@
+"""What several commands share: loading a model, reading text files, tables, JSON, figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minimoe.model import Model, load
+from minimoe.reading import WINDOW, Reading, TextError, count_windows, load_text, read
+from minimoe.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minimoe.plots.page import Page
+
+FIGURE_TYPES = (".png", ".pdf", ".svg")
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """Add --backend."""
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="numpy, numba, cuda or auto (default)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add --model and --backend."""
+    parser.add_argument(
+        "--model", default="tiny", metavar="FOLDER", help="a Hugging Face folder; without it, the bundled model"
+    )
+    add_backend(parser)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def add_window(parser: argparse.ArgumentParser) -> None:
+    """Add --window."""
+    text = f"tokens the model sees at once (default {WINDOW}); longer texts are read in windows overlapping by half"
+    parser.add_argument("--window", type=int, metavar="TOKENS", help=text)
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """Load the model of --model on --backend, and say so if its loops must be compiled first."""
+    model = load(args.model, backend=args.backend)
+    if model.ops.name == "numba":
+        from minimoe.loops import cache_folder
+
+        if next(Path(cache_folder()).rglob("*.nbc"), None) is None:
+            note("Numba compiles the loops for this machine, once: this takes some tens of seconds …")
+    return model
+
+
+def tokenizer_of(model: Model, folder: str) -> Tokenizer:
+    """Return the model's tokenizer, or say that its folder has none."""
+    if model.tokenizer is None:
+        raise ValueError(f"{folder}: there is no tokenizer.model in this folder, so it cannot read text")
+    return model.tokenizer
+
+
+def read_texts(model: Model, texts: dict[str, str], args: argparse.Namespace) -> list[Reading]:
+    """Let the model read all texts, with a progress bar."""
+    from tqdm import tqdm
+
+    tokenizer = tokenizer_of(model, args.model)
+    window = min(WINDOW, model.config.max_length) if args.window is None else args.window
+    if not 2 <= window <= model.config.max_length:
+        raise ValueError(f"--window must be between 2 and the model's {model.config.max_length} tokens, not {window}")
+    total = sum(count_windows(len(tokenizer.encode(text)), window) for text in texts.values())
+    with tqdm(total=total, unit="window", disable=None if total > 8 else True, leave=False, file=sys.stderr) as bar:
+        return [
+            read(
+                model.ops, model.config, model.params, tokenizer, text, name=name, window=window, progress=bar.update
+            )
+            for name, text in texts.items()
+        ]  # fmt: skip
+
+
+def load_files(paths: Sequence[str]) -> dict[str, str]:
+    """Read text files; each is named by its stem, or by its path where two have the same."""
+    stems = [Path(path).stem for path in paths]
+    names = [path if stems.count(stem) > 1 else stem for path, stem in zip(paths, stems, strict=True)]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TextError(f"{twice}: given more than once")
+    return {name: load_text(path) for name, path in zip(names, paths, strict=True)}
+
+
+def windows_line(readings: Iterable[Reading]) -> str | None:
+    """Say which texts were read in windows; None where none was."""
+    cut = [reading for reading in readings if reading.in_windows]
+    if not cut:
+        return None
+    names = ", ".join(reading.name for reading in cut[:8]) + (", …" if len(cut) > 8 else "")
+    return f"longer than {cut[0].window} tokens, read in windows that overlap by half: {names}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lay out columns: the first to the left, the others to the right."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    shown = (
+        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in lines
+    )
+    return "\n".join("  ".join(line).rstrip() for line in shown)
+
+
+def number(value: float, digits: int = 1) -> str:
+    """Return a number with so many digits, or a dash where there is none."""
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def print_json(value: Any) -> None:
+    """Print JSON; NaN, which JSON does not have, becomes null."""
+    print(json.dumps(_jsonable(value), indent=1, ensure_ascii=False))
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _jsonable(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_writable(path: Path, kinds: Sequence[str] = ()) -> None:
+    """Raise before the work is done, not after, if a file cannot be written."""
+    if kinds and path.suffix.lower() not in kinds:
+        raise ValueError(f"{path}: the name must end in {', '.join(kinds)}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path}: cannot be written: permission denied")
+
+
+def save_figure(page: Page, path: Path) -> None:
+    """Write a figure."""
+    page.savefig(path)
+
+
+def note(text: str) -> None:
+    """Say something that is not part of the result."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,363 @@
+"""Grouped-query attention on the CPU: blocks of 64 queries, side by side in the lanes of the vector unit.
+
+The G query heads of one key/value head read the same keys, so their T·G queries form one list, cut into blocks of
+LANES = 64. Local arrays of a block keep the 64 queries in their last axis:
+
+scores[s, lane] = Σ_c k[s, c] · q[c, lane]          probs[s, lane] = exp(scores · scale - top[lane]) / total[lane]
+out[c, lane]    = Σ_s v[s, c] · probs[s, lane]
+
+Every step is then elementwise over lanes: maximum and sum of the softmax need no reduction inside a vector, k and v need
+no transposing, and sums run in one fixed order whatever the number of threads. The three products share one small
+matrix product, `_add_product`. A block holds the scores of its own 64 queries only: memory grows with S, not with T·S.
+Keys before the first and after the last that any query of the block sees are left out, so causal attention costs half.
+
+One token (decode) would leave most lanes empty: `_forward_few` takes dot products along c instead and reads every key
+and value once for all heads of its group.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from jaxtyping import Float, Int
+
+from minimoe.arrays import is_bfloat16
+from minimoe.loops import FAST, exp, four_dots, jit, rounded, storage, widen
+from minimoe.shapes import Array
+
+LANES = 64  # queries per block; four vectors of 512 bits in float32
+FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
+FEW_PRODUCTS = 100_000  # below, one core is done before others have woken up
+UNBOUNDED = 1 << 62  # a window that sees everything
+FMA = FAST - {"reassoc"}  # elementwise loops need no other order of additions
+
+
+def forward(
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S"],
+    window: int | None,
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
+    (B, T, H, C), K = q.shape, k.shape[2]
+    q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
+    out, lse = np.empty(q.shape, q.dtype), np.empty((B, T, H), q.dtype)
+    few = T * (H // K) <= FEW_QUERIES
+    (_forward_few if few else _forward)(
+        q, k, v, q_pos, k_pos, UNBOUNDED if window is None else window, C**-0.5, bf16, out, lse
+    )
+    return out, lse
+
+
+def backward(
+    dout: Float[Array, "B T H C"],
+    q: Float[Array, "B T H C"],
+    k: Float[Array, "B S K C"],
+    v: Float[Array, "B S K C"],
+    q_pos: Int[Array, "B T"],
+    k_pos: Int[Array, "B S"],
+    window: int | None,
+    out: Float[Array, "B T H C"],
+    lse: Float[Array, "B T H"],
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
+    C = q.shape[3]
+    q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
+    dout, out, lse = (np.ascontiguousarray(x) for x in (dout, out, lse))
+    dq, dk, dv = np.empty_like(q), np.empty(k.shape, q.dtype), np.empty(v.shape, q.dtype)
+    _backward(
+        dout, q, k, v, q_pos, k_pos, UNBOUNDED if window is None else window, C**-0.5, bf16, out, lse, dq, dk, dv
+    )
+    return dq, dk, dv
+
+
+def _prepared(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array) -> tuple[Array, ...]:
+    """Contiguous arrays of the types that the kernels are compiled for, and whether keys are stored in bfloat16."""
+    bf16 = is_bfloat16(k)
+    q = np.ascontiguousarray(q, np.float32 if bf16 else q.dtype)
+    k, v = storage(np.ascontiguousarray(k)), storage(np.ascontiguousarray(v))
+    return q, k, v, np.ascontiguousarray(q_pos, np.int64), np.ascontiguousarray(k_pos, np.int64), bf16
+
+
+@jit(parallel=True, fastmath=FMA)
+def _forward(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse):
+    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
+    G = H // K
+    blocks = (T * G + LANES - 1) // LANES
+    pairs = (blocks + 1) // 2
+    for item in numba.prange(B * K * pairs):
+        # A late block sees more keys than an early one: an item does one from either end.
+        b, kh, early = item // (K * pairs), item // pairs % K, np.int64(item % pairs)
+        late = blocks - 1 - early
+        _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, early)
+        if late > early:
+            _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, late)
+
+
+@jit(fastmath=FMA)
+def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, block):
+    T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
+    start, lanes = block * LANES, min(LANES, T * G - block * LANES)
+    position = np.full(LANES, -1, np.int64)
+    for lane in range(lanes):
+        position[lane] = q_pos[b, (start + lane) // G]
+    first, last = _seen(position[:lanes], k_pos[b], window)
+    # forward: scores = q · kᵀ / sqrt(C)
+    qT = _load_lanes(q, b, kh, G, start, lanes, bf16)  # (C, lanes)
+    rows = _load_rows(k, q.dtype, b, kh, first, last, 4)  # (S', C)
+    scores = np.zeros((rows.shape[0], LANES), q.dtype)
+    _add_product(scores, rows, qT)
+    top = np.full(LANES, -np.inf, q.dtype)
+    _mask(scores, position, lanes, k_pos[b], first, last, window, q.dtype.type(scale))
+    for s in range(scores.shape[0]):
+        row = scores[s]
+        for lane in range(LANES):
+            top[lane] = row[lane] if row[lane] > top[lane] else top[lane]
+    # probs = softmax over the visible s
+    total = np.zeros(LANES, q.dtype)
+    for lane in range(LANES):  # no visible key: exp(-inf - 0) = 0, not NaN
+        top[lane] = 0 if top[lane] == -np.inf else top[lane]
+    for s in range(scores.shape[0]):
+        row = scores[s]
+        for lane in range(LANES):
+            row[lane] = exp(row[lane] - top[lane])
+            total[lane] += row[lane]
+    divisor = np.empty(LANES, q.dtype)
+    for lane in range(LANES):
+        divisor[lane] = 1 if total[lane] == 0 else total[lane]
+    if bf16:
+        for s in range(scores.shape[0]):
+            row = scores[s]
+            for lane in range(LANES):
+                row[lane] = rounded(row[lane] / divisor[lane])
+        divisor[:] = 1
+    # out = Σ_s probs · v; dividing C sums by the total is cheaper than dividing S probabilities
+    rows = _load_rows(v, q.dtype, b, kh, first, last, 4)
+    outT = np.zeros(qT.shape, q.dtype)
+    _add_product(outT, rows.T, scores)
+    for lane in range(lanes):
+        t, h = (start + lane) // G, kh * G + (start + lane) % G
+        for c in range(C):
+            out[b, t, h, c] = outT[c, lane] / divisor[lane]
+        lse[b, t, h] = -np.inf if total[lane] == 0 else top[lane] + np.log(total[lane])
+
+
+@jit(parallel=True, fastmath=FMA)
+def _backward(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv):
+    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
+    for item in numba.prange(B * K):
+        # One thread owns the gradients of a key/value head and takes its queries in order: no races, one order of sums.
+        _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv, item // K, item % K)
+
+
+@jit(fastmath=FMA)
+def _backward_head(
+    dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv, b, kh
+):
+    (T, H, C), (S, K) = q.shape[1:], k.shape[1:3]
+    G = H // K
+    factor = q.dtype.type(scale)
+    keys, values = _load_rows(k, q.dtype, b, kh, 0, S, 32), _load_rows(v, q.dtype, b, kh, 0, S, 32)  # (S, C), both padded
+    dkeys, dvalues = np.zeros(keys.shape, q.dtype), np.zeros(keys.shape, q.dtype)
+    for start in range(0, T * G, LANES):
+        lanes = min(LANES, T * G - start)
+        position = np.full(LANES, -1, np.int64)
+        # No visible key, or an empty lane: exp(score - inf) = 0 everywhere
+        norm, delta = np.full(LANES, np.inf, q.dtype), np.zeros(LANES, q.dtype)
+        for lane in range(lanes):
+            t, h = (start + lane) // G, kh * G + (start + lane) % G
+            position[lane] = q_pos[b, t]
+            norm[lane] = np.inf if lse[b, t, h] == -np.inf else lse[b, t, h]
+            for c in range(C):
+                delta[lane] += dout[b, t, h, c] * out[b, t, h, c]
+        first, last = _seen(position[:lanes], k_pos[b], window)
+        first, last = first // 4 * 4, (last + 3) // 4 * 4  # `_add_product` takes rows in fours
+        seen_keys, seen_values = keys[first:last], values[first:last]  # what lies behind S is zero
+        # forward: probs = exp(scores - lse)
+        probs = np.zeros((last - first, LANES), q.dtype)
+        _add_product(probs, seen_keys, _load_lanes(q, b, kh, G, start, lanes, bf16))
+        _mask(probs, position, lanes, k_pos[b], first, min(last, S), window, factor)
+        for s in range(probs.shape[0]):
+            row = probs[s]
+            for lane in range(LANES):
+                row[lane] = exp(row[lane] - norm[lane])
+        # forward: out = probs · v, and v serves the G query heads of its group
+        _add_product(dvalues[first:last], probs, _load_queries(dout, b, kh, G, start, lanes))
+        dscores = np.zeros(probs.shape, q.dtype)
+        _add_product(dscores, seen_values, _load_lanes(dout, b, kh, G, start, lanes, False))  # dprobs so far
+        # forward: probs = softmax(scores);  Σ_s probs · dprobs = dout · out;  scores = q · kᵀ / sqrt(C)
+        for s in range(probs.shape[0]):
+            drow, row = dscores[s], probs[s]
+            for lane in range(LANES):
+                drow[lane] = row[lane] * (drow[lane] - delta[lane]) * factor
+        _add_product(dkeys[first:last], dscores, _load_queries(q, b, kh, G, start, lanes))
+        dqT = np.zeros((keys.shape[1], LANES), q.dtype)
+        _add_product(dqT, seen_keys.T, dscores)
+        for lane in range(lanes):
+            t, h = (start + lane) // G, kh * G + (start + lane) % G
+            for c in range(C):
+                dq[b, t, h, c] = dqT[c, lane]
+    for s in range(S):
+        for c in range(C):
+            dk[b, s, kh, c], dv[b, s, kh, c] = dkeys[s, c], dvalues[s, c]
+
+
+@jit()
+def _seen(q_pos, k_pos, window):
+    """A range of keys that holds all that any of these queries sees."""
+    early, late = q_pos.min(), q_pos.max()
+    first, last = len(k_pos), 0
+    for s in range(len(k_pos)):
+        if k_pos[s] >= 0 and k_pos[s] <= late and early - k_pos[s] < window:
+            first, last = min(first, s), s + 1
+    return min(first, last), last
+
+
+@jit(fastmath=FMA)
+def _mask(scores, q_pos, lanes, k_pos, first, last, window, scale):
+    """Scale the scores of keys first..last; -inf where a query does not see the key, and in rows of padding."""
+    early, late = q_pos[:lanes].min(), q_pos[:lanes].max()
+    minus_inf = scores.dtype.type(-np.inf)
+    for s in range(scores.shape[0]):
+        row = scores[s]
+        position = k_pos[first + s] if first + s < last else -1
+        if position < 0:
+            row[:] = minus_inf
+        elif position <= early and late - position < window:  # all queries see it
+            for lane in range(LANES):
+                row[lane] *= scale
+        else:
+            for lane in range(LANES):
+                distance = q_pos[lane] - position
+                row[lane] = row[lane] * scale if (distance >= 0) & (distance < window) else minus_inf
+
+
+@jit()
+def _load_lanes(x, b, kh, G, start, lanes, bf16):
+    """Queries start.. of one group as (C, LANES): zeros in the lanes and rows (to a multiple of 32) that are not used."""
+    C = x.shape[3]
+    local = np.zeros(((C + 31) // 32 * 32, LANES), x.dtype)
+    for lane in range(lanes):
+        row = x[b, (start + lane) // G, kh * G + (start + lane) % G]
+        for c in range(C):
+            local[c, lane] = rounded(row[c]) if bf16 else row[c]
+    return local
+
+
+@jit()
+def _load_queries(x, b, kh, G, start, lanes):
+    """Queries start.. of one group as (LANES, C), padded with zeros."""
+    C = x.shape[3]
+    local = np.zeros((LANES, (C + 31) // 32 * 32), x.dtype)
+    for lane in range(lanes):
+        row, target = x[b, (start + lane) // G, kh * G + (start + lane) % G], local[lane]
+        for c in range(C):
+            target[c] = row[c]
+    return local
+
+
+@jit()
+def _load_rows(x, dtype, b, kh, first, last, multiple):
+    """Keys or values first..last of one head as (S', C), widened, padded with zeros."""
+    C = x.shape[3]
+    count = (last - first + multiple - 1) // multiple * multiple
+    local = np.zeros((count, (C + 31) // 32 * 32), dtype)
+    for s in range(first, last):
+        row, target = x[b, s, kh], local[s - first]
+        for c in range(C):
+            target[c] = widen(row[c])
+    return local
+
+
+@jit(inline="always")
+def _add_product(out, a, b):
+    """out += a · b; rows and columns of `a` in fours, columns of `b` in 64 or 32."""
+    width = b.shape[1]
+    start = 0
+    while start + 64 <= width:
+        _add_strip(out, a, b, start, 64)
+        start += 64
+    if start < width:
+        _add_strip(out, a, b, start, 32)
+
+
+@jit(inline="always")
+def _add_strip(out, a, b, start, width):
+    """Columns start.. of out += a · b. Sixteen factors stay in registers while the vectors of four rows pass by."""
+    stop = start + width
+    for m in range(0, a.shape[0], 4):
+        y0, y1, y2, y3 = out[m, start:stop], out[m + 1, start:stop], out[m + 2, start:stop], out[m + 3, start:stop]
+        for i in range(0, a.shape[1], 4):
+            a00, a01, a02, a03 = a[m, i], a[m, i + 1], a[m, i + 2], a[m, i + 3]
+            a10, a11, a12, a13 = a[m + 1, i], a[m + 1, i + 1], a[m + 1, i + 2], a[m + 1, i + 3]
+            a20, a21, a22, a23 = a[m + 2, i], a[m + 2, i + 1], a[m + 2, i + 2], a[m + 2, i + 3]
+            a30, a31, a32, a33 = a[m + 3, i], a[m + 3, i + 1], a[m + 3, i + 2], a[m + 3, i + 3]
+            b0, b1, b2, b3 = b[i, start:stop], b[i + 1, start:stop], b[i + 2, start:stop], b[i + 3, start:stop]
+            for j in range(width):  # a constant: the loop is unrolled into whole vectors
+                x0, x1, x2, x3 = b0[j], b1[j], b2[j], b3[j]
+                y0[j] = y0[j] + a00 * x0 + a01 * x1 + a02 * x2 + a03 * x3
+                y1[j] = y1[j] + a10 * x0 + a11 * x1 + a12 * x2 + a13 * x3
+                y2[j] = y2[j] + a20 * x0 + a21 * x1 + a22 * x2 + a23 * x3
+                y3[j] = y3[j] + a30 * x0 + a31 * x1 + a32 * x2 + a33 * x3
+
+
+@jit(parallel=True)
+def _forward_few(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse):
+    (B, H, S, K) = q.shape[0], q.shape[2], k.shape[1], k.shape[2]
+    if B * H * S * q.shape[3] < FEW_PRODUCTS:
+        for item in range(B * K):
+            _few_head(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, item // K, item % K)
+    else:
+        for item in numba.prange(B * K):
+            _few_head(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, item // K, item % K)
+
+
+@jit(fastmath=FMA)
+def _few_head(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh):
+    T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
+    first, last = _seen(q_pos[b], k_pos[b], window)
+    factor, minus_inf = q.dtype.type(scale), q.dtype.type(-np.inf)
+    queries = np.empty((T * G, C), q.dtype)
+    for i in range(T * G):
+        for c in range(C):
+            x = q[b, i // G, kh * G + i % G, c]
+            queries[i, c] = rounded(x) if bf16 else x
+    scores = np.empty((T * G, last - first + 3), q.dtype)
+    for s in range(first, last, 4):
+        s1, s2, s3 = min(s + 1, last - 1), min(s + 2, last - 1), min(s + 3, last - 1)
+        for i in range(T * G):
+            four = four_dots(queries[i], k[b, s, kh], k[b, s1, kh], k[b, s2, kh], k[b, s3, kh])
+            for j in range(4):
+                scores[i, s - first + j] = four[j] * factor
+    sums = np.zeros((T * G, C), q.dtype)
+    for i in range(T * G):
+        t, h, p = i // G, kh * G + i % G, scores[i]
+        top = minus_inf
+        for s in range(first, last):
+            distance = q_pos[b, t] - k_pos[b, s]
+            if k_pos[b, s] < 0 or distance < 0 or distance >= window:
+                p[s - first] = minus_inf
+            top = max(top, p[s - first])
+        p[last - first :] = minus_inf
+        if top == minus_inf:
+            top = q.dtype.type(0)
+        for j in range(len(p)):
+            p[j] = exp(p[j] - top)
+        total = q.dtype.type(0)
+        for j in range(last - first):
+            total += p[j]
+        lse[b, t, h] = minus_inf if total == 0 else top + np.log(total)
+        divisor = q.dtype.type(1) if total == 0 else total
+        for j in range(len(p)):
+            p[j] = rounded(p[j] / divisor) if bf16 else p[j] / divisor
+    for s in range(first, last, 4):
+        s1, s2, s3 = min(s + 1, last - 1), min(s + 2, last - 1), min(s + 3, last - 1)
+        v0, v1, v2, v3 = v[b, s, kh], v[b, s1, kh], v[b, s2, kh], v[b, s3, kh]
+        for i in range(T * G):
+            y, at = sums[i], s - first
+            p0, p1, p2, p3 = scores[i, at], scores[i, at + 1], scores[i, at + 2], scores[i, at + 3]
+            for c in range(C):
+                y[c] = y[c] + p0 * widen(v0[c]) + p1 * widen(v1[c]) + p2 * widen(v2[c]) + p3 * widen(v3[c])
+    for i in range(T * G):
+        for c in range(C):
+            out[b, i // G, kh * G + i % G, c] = sums[i, c]

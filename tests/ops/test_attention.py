@@ -1,0 +1,150 @@
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from minimoe.ops.attention import reference
+from tests.measure import assert_close, assert_slopes, dialects
+
+
+@pytest.fixture(params=dialects("attention"), ids=lambda m: m.__name__.rpartition(".")[2])
+def attention(request):
+    return request.param
+
+
+def naive(q, k, v, q_pos, k_pos, window):
+    (B, T, H, C), (_, S, K, _) = q.shape, k.shape
+    out, lse = np.zeros((B, T, H, C)), np.full((B, T, H), -np.inf)
+    for b in range(B):
+        for t in range(T):
+            for h in range(H):
+                kv = h // (H // K)
+                weights = {}
+                for s in range(S):
+                    distance = q_pos[b, t] - k_pos[b, s]
+                    if k_pos[b, s] >= 0 and distance >= 0 and (window is None or distance < window):
+                        weights[s] = math.exp(sum(q[b, t, h, c] * k[b, s, kv, c] for c in range(C)) / math.sqrt(C))
+                if weights:
+                    total = sum(weights.values())
+                    lse[b, t, h] = math.log(total)
+                    for s, weight in weights.items():
+                        for c in range(C):
+                            out[b, t, h, c] += weight / total * v[b, s, kv, c]
+    return out, lse
+
+
+# B, T, S, H, K, C, padding on the left, window
+CASES = pytest.mark.parametrize(
+    ("B", "T", "S", "H", "K", "C", "padding", "window"),
+    [
+        (1, 1, 1, 1, 1, 1, 0, None),
+        (2, 1, 7, 4, 2, 3, 0, None),  # decode
+        (2, 1, 7, 4, 1, 3, 2, 3),
+        (1, 5, 5, 3, 3, 2, 0, 1),  # K = H
+        (2, 6, 6, 6, 2, 4, 3, None),
+        (2, 6, 9, 4, 2, 4, 2, 4),  # a chunk behind a cache
+        (1, 70, 70, 2, 1, 5, 0, 33),
+    ],
+)
+
+
+def draw(B, T, S, H, K, C, padding, seed=0):
+    """Queries are the last T of S positions; row 0 is padded on the left, and key slots stand in random order."""
+    rng = np.random.default_rng(seed)
+    k_pos = np.tile(np.arange(S), (B, 1))
+    k_pos[0] = np.maximum(k_pos[0] - padding, -1)
+    q_pos = k_pos[:, S - T :].copy()
+    for row in k_pos:
+        rng.shuffle(row)
+    return rng.normal(size=(B, T, H, C)), *rng.normal(size=(2, B, S, K, C)), q_pos, k_pos
+
+
+@CASES
+def test_equals_naive_loops(attention, B, T, S, H, K, C, padding, window):
+    inputs = draw(B, T, S, H, K, C, padding)
+    assert_close(attention.forward(*inputs, window), naive(*inputs, window))
+
+
+@CASES
+def test_backward_is_the_slope(attention, B, T, S, H, K, C, padding, window):
+    q, k, v, q_pos, k_pos = draw(B, T, S, H, K, C, padding)
+    c = np.random.default_rng(1).normal(size=q.shape)
+    out, lse = attention.forward(q, k, v, q_pos, k_pos, window)
+    gradients = attention.backward(c, q, k, v, q_pos, k_pos, window, out, lse)
+    assert_slopes(lambda q, k, v: (c * attention.forward(q, k, v, q_pos, k_pos, window)[0]).sum(), [q, k, v], gradients)
+
+
+@pytest.mark.parametrize(("H", "K"), [(4, 1), (4, 2), (4, 4), (6, 2)])
+def test_query_head_h_reads_key_value_head_h_over_G(attention, H, K):
+    q, k, _, q_pos, k_pos = draw(1, 3, 3, H, K, 2, 0)
+    v = np.broadcast_to(np.arange(float(K))[:, None], k.shape)
+    out, _ = attention.forward(q, k, v, q_pos, k_pos, None)
+    for h in range(H):
+        assert_close(out[:, :, h], np.full((1, 3, 2), float(h // (H // K))))
+
+
+def test_the_window_counts_the_query_itself(attention):
+    q, k, v, pos, _ = draw(1, 5, 5, 1, 1, 2, 0)
+    assert_close(attention.forward(q, k, v, pos, pos, 1)[0], v)  # W = 1: itself and nothing else
+    v = np.eye(5)[None, :, None, :]
+    q, k = np.zeros((1, 5, 1, 5)), np.zeros((1, 5, 1, 5))
+    assert_close(attention.forward(q, k, v, pos, pos, 3)[0][0, 4, 0], [0, 0, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_the_future_is_not_seen(attention):
+    q, k, v, pos, _ = draw(1, 4, 4, 2, 1, 3, 0)
+    expected = attention.forward(q, k, v, pos, pos, None)[0]
+    k[:, 3], v[:, 3] = 100, 100
+    assert_close(attention.forward(q, k, v, pos, pos, None)[0][:, :3], expected[:, :3], 0)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(attention, T):
+    q, k, v, _, _ = draw(1, T, 5, 2, 1, 3, 0)
+    q_pos, k_pos = np.full((1, T), 9), np.array([[-1, 5, 10, -1, 11]])  # empty, out of the window, in the future
+    out, lse = attention.forward(q, k, v, q_pos, k_pos, 4)
+    assert not out.any()
+    assert np.isneginf(lse).all()
+    for gradient in attention.backward(np.ones_like(q), q, k, v, q_pos, k_pos, 4, out, lse):
+        assert not gradient.any()
+    out, _ = attention.forward(q, k, v, np.full((1, T), -1), k_pos, None)  # a padding query, empty slots
+    assert not out.any()
+
+
+def test_the_order_of_the_slots_does_not_matter(attention):
+    q, k, v, q_pos, k_pos = draw(2, 3, 6, 4, 2, 3, 2)
+    expected = attention.forward(q, k, v, q_pos, k_pos, 4)
+    rolled = attention.forward(q, np.roll(k, 2, 1), np.roll(v, 2, 1), q_pos, np.roll(k_pos, 2, 1), 4)
+    assert_close(rolled, expected)
+
+
+def test_large_scores_do_not_overflow(attention):
+    q, k, v, q_pos, k_pos = draw(1, 3, 3, 1, 1, 4, 0)
+    out, lse = attention.forward((300 * q).astype(np.float32), (300 * k).astype(np.float32), v.astype(np.float32),
+                                 q_pos, k_pos, None)  # fmt: skip
+    assert np.isfinite(out).all()
+    assert np.abs(lse).max() > 1000
+
+
+def test_probabilities_and_queries_are_rounded_where_the_cache_is_bfloat16(attention):
+    q, k, v, q_pos, k_pos = draw(1, 2, 40, 2, 1, 8, 0)
+    q, k, v = q.astype(np.float32), k.astype(ml_dtypes.bfloat16), v.astype(ml_dtypes.bfloat16)
+    out, _ = attention.forward(q, k, v, q_pos, k_pos, None)
+    assert out.dtype == np.float32
+    wide = [x.astype(ml_dtypes.bfloat16).astype(np.float64) for x in (q, k, v)]
+    probs = reference.explain(*wide[:2], q_pos, k_pos, None)["probs"]  # (B, H, T, S)
+    probs = probs.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+    assert_close(out, np.einsum("bhts,bsc->bthc", probs, wide[2][:, :, 0]), 2e-3)
+
+
+def test_explain_names_what_forward_computes():
+    q, k, v, q_pos, k_pos = draw(2, 3, 6, 4, 2, 3, 2)
+    out, lse = reference.forward(q, k, v, q_pos, k_pos, 4)
+    inner = reference.explain(q, k, q_pos, k_pos, 4)
+    seen = reference.visible(q_pos, k_pos, 4)[:, None]
+    assert inner["scores"].shape == inner["probs"].shape == (2, 4, 3, 6)
+    assert (np.isneginf(inner["scores"]) == ~np.broadcast_to(seen, (2, 4, 3, 6))).all()
+    assert_close(np.einsum("bhts,bshc->bthc", inner["probs"], v.repeat(2, axis=2)), out)
+    with np.errstate(divide="ignore"):
+        assert_close(np.log(np.exp(inner["scores"]).sum(-1)).swapaxes(1, 2), lse)

@@ -1,0 +1,177 @@
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from minimoe.ops.experts import reference
+from tests.measure import assert_close, assert_slopes, dialects
+
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+@pytest.fixture(params=dialects("experts"), ids=lambda m: m.__name__.rpartition(".")[2])
+def experts(request):
+    return request.param
+
+
+def naive_expert(x, w1, w2, w3):
+    (F, D), y = w1.shape, np.zeros(len(w2))
+    for f in range(F):
+        gate_in = sum(w1[f, d] * x[d] for d in range(D))
+        up = sum(w3[f, d] * x[d] for d in range(D))
+        for d in range(D):
+            y[d] += w2[d, f] * gate_in / (1 + math.exp(-gate_in)) * up
+    return y
+
+
+def naive(x, w1, w2, w3, ids, weights):
+    (N, D), k = x.shape, ids.shape[1]
+    out, slots = np.zeros((N, D)), np.zeros((N, k, D))
+    for n in range(N):
+        for slot in range(k):
+            if (e := ids[n, slot]) >= 0:
+                slots[n, slot] = naive_expert(x[n], w1[e], w2[e], w3[e])
+                out[n] += weights[n, slot] * slots[n, slot]
+    return out, slots
+
+
+def draw(N, D, F, E, k, unused=None, padding=0):
+    """Inputs, with one expert that no token goes to and some tokens that are not routed."""
+    rng = np.random.default_rng(N + E)
+    w1, w3 = rng.normal(size=(2, E, F, D)) / math.sqrt(D)
+    w2, x, weights = rng.normal(size=(E, D, F)), rng.normal(size=(N, D)), rng.random((N, k))
+    usable = [e for e in range(E) if e != unused]
+    ids = np.array([rng.permutation(usable)[:k] for _ in range(N)])
+    ids[:padding], weights[:padding] = -1, 0
+    return x, w1, w2, w3, ids, weights
+
+
+CASES = pytest.mark.parametrize(
+    "sizes",
+    [
+        {"N": 1, "D": 1, "F": 1, "E": 1, "k": 1},
+        {"N": 1, "D": 5, "F": 7, "E": 4, "k": 2},
+        {"N": 1, "D": 5, "F": 7, "E": 4, "k": 2, "padding": 1},
+        {"N": 6, "D": 4, "F": 3, "E": 3, "k": 3},
+        {"N": 9, "D": 5, "F": 3, "E": 5, "k": 1, "unused": 0},
+        {"N": 9, "D": 3, "F": 6, "E": 4, "k": 2, "unused": 3, "padding": 2},
+        {"N": 70, "D": 3, "F": 2, "E": 3, "k": 2, "unused": 1},
+    ],
+    ids=str,
+)
+
+
+@CASES
+@pytest.mark.parametrize("keep", [False, True])
+def test_equals_naive_loops(experts, sizes, keep):
+    inputs = draw(**sizes)
+    expected, slots = naive(*inputs)
+    out, saved = experts.forward(*inputs, keep=keep)
+    assert_close(out, expected)
+    assert (saved is not None) == keep
+    if keep:
+        assert_close(saved.slots, slots)
+
+
+@CASES
+def test_backward_is_the_slope(experts, sizes):
+    x, w1, w2, w3, ids, weights = draw(**sizes)
+    c = np.random.default_rng(0).normal(size=x.shape)
+    _, saved = experts.forward(x, w1, w2, w3, ids, weights, keep=True)
+    gradients = experts.backward(c, x, w1, w2, w3, weights, saved)
+
+    def loss(x, w1, w2, w3, weights):
+        return (c * experts.forward(x, w1, w2, w3, ids, weights)[0]).sum()
+
+    assert_slopes(loss, [x, w1, w2, w3, weights], gradients)
+    for e in range(len(w1)):
+        if e not in ids:
+            assert not any(dw[e].any() for dw in gradients[1:4])
+
+
+def test_what_is_saved_is_sorted_by_expert_and_within_one_by_pair(experts):
+    x, w1, w2, w3, ids, weights = draw(9, 3, 6, 4, 2, unused=3, padding=2)
+    _, saved = experts.forward(x, w1, w2, w3, ids, weights, keep=True)
+    flat = ids.reshape(-1)
+    routed = np.flatnonzero(flat >= 0)
+    expected = routed[np.argsort(flat[routed], kind="stable")]
+    np.testing.assert_array_equal(saved.pairs, expected)
+    np.testing.assert_array_equal(np.diff(saved.offsets), np.bincount(flat[routed], minlength=4))
+    assert saved.offsets[0] == 0
+    for row, pair in enumerate(saved.pairs):
+        assert_close(saved.gate_in[row], w1[flat[pair]] @ x[pair // 2])
+        assert_close(saved.up[row], w3[flat[pair]] @ x[pair // 2])
+
+
+def test_weights_may_be_stacked_or_listed_or_read_only(experts):
+    x, w1, w2, w3, ids, weights = draw(9, 5, 3, 5, 2)
+    expected, _ = experts.forward(x, w1, w2, w3, ids, weights)
+    listed = [[w.copy() for w in stack] for stack in (w1, w2, w3)]
+    for w in (*listed[0], *listed[1], *listed[2]):
+        w.flags.writeable = False
+    np.testing.assert_array_equal(experts.forward(x, *listed, ids, weights)[0], expected)
+
+
+@pytest.mark.parametrize("N", [1, 5])
+@pytest.mark.parametrize(
+    ("values", "total"),
+    [([2.0**30, -(2.0**30), 1.0], 1.0), ([1.0, 2.0**30, -(2.0**30)], 0.0)],
+    ids=["kept", "absorbed"],
+)
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 2, 0]], ids=str)
+def test_slots_are_added_in_their_order(experts, N, values, total, order):
+    # float32: 1 + 2^30 = 2^30. Which expert stands in which slot must not matter, only the order of the slots.
+    # silu(32) = 32 in float32, so an expert whose w1 is 32 and w3 is 1/32 puts out its w2.
+    w1, w3, w2 = (
+        np.full((3, 1, 1), 32, np.float32),
+        np.full((3, 1, 1), 1 / 32, np.float32),
+        np.empty((3, 1, 1), np.float32),
+    )
+    w2[order, 0, 0] = values
+    ids, weights = np.tile(order, (N, 1)), np.ones((N, 3), np.float32)
+    out, _ = experts.forward(np.ones((N, 1), np.float32), w1, w2, w3, ids, weights)
+    assert out.tolist() == [[total]] * N
+
+
+@pytest.mark.parametrize("N", [1, 5])
+def test_a_saturated_silu_does_not_overflow(experts, N):
+    one = np.ones((1, 1, 1), np.float32)
+    out, _ = experts.forward(
+        np.full((N, 1), 200, np.float32), one, one, one, np.zeros((N, 1), int), np.ones((N, 1), np.float32)
+    )
+    assert_close(out, np.full((N, 1), 40000), 1e-6)
+    out, _ = experts.forward(
+        np.full((N, 1), -200, np.float32), one, one, one, np.zeros((N, 1), int), np.ones((N, 1), np.float32)
+    )
+    assert np.abs(out).max() < 1e-30
+
+
+@pytest.mark.parametrize("N", [1, 9])
+def test_operands_and_hidden_are_rounded_where_the_weights_are_bfloat16(experts, N):
+    x, w1, w2, w3, ids, weights = draw(N, 24, 20, 4, 2)
+    x, weights = x.astype(np.float32), weights.astype(np.float32)
+    w1, w2, w3 = (w.astype(BFLOAT16) for w in (w1, w2, w3))
+    out, _ = experts.forward(x, w1, w2, w3, ids, weights)
+    assert out.dtype == np.float32
+    expected = np.zeros((N, 24))
+    wide = [w.astype(np.float64) for w in (w1, w2, w3)]
+    for n in range(N):
+        xn = x[n].astype(BFLOAT16).astype(np.float64)
+        for slot, e in enumerate(ids[n]):
+            gate_in = wide[0][e] @ xn
+            hidden = (gate_in / (1 + np.exp(-gate_in)) * (wide[2][e] @ xn)).astype(np.float32).astype(BFLOAT16)
+            expected[n] += weights[n, slot] * (wide[1][e] @ hidden.astype(np.float64))
+    assert_close(out, expected, 2e-3)  # a hidden number on the edge may round the other way
+
+
+def test_explain_names_what_forward_computes():
+    x, w1, w2, w3, ids, weights = draw(9, 3, 6, 4, 2, unused=3, padding=2)
+    inner = reference.explain(x, w1, w2, w3, ids, weights)
+    _, slots = naive(x, w1, w2, w3, ids, weights)
+    assert_close(inner["slots"], slots)
+    for n in range(9):
+        for slot in range(2):
+            e = ids[n, slot]
+            expected = w2[e] @ inner["hidden"][n, slot] if e >= 0 else np.zeros(3)
+            assert_close(slots[n, slot], expected)

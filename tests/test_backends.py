@@ -1,0 +1,100 @@
+import dataclasses
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minimoe.backends import ROOMS, BackendError, make_backend
+from tests.conftest import ROOMS as FOLDERS
+from tests.conftest import launchers, module_of
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_every_cell_is_the_dialects_own_or_the_references_and_the_table_says_which(name):
+    ops = make_backend(name)
+    assert sorted(ROOMS) == FOLDERS
+    assert set(ops.dialects) == {(room, function) for room in ROOMS for function in launchers(room)}
+    dialect = {"numpy": "reference", "numba": "numba_cpu"}[name]
+    for (room, function), cell in ops.dialects.items():
+        own = module_of(room, dialect)
+        assert cell == (dialect if own is not None and hasattr(own, function) else "reference")
+        assert getattr(getattr(ops, room), function) is getattr(module_of(room, cell), function)
+
+
+def test_numba_has_a_dialect_of_its_own_for_every_op():
+    """Sampling's backward does not exist; every other cell of the column is written."""
+    assert {room for (room, _), cell in make_backend("numba").dialects.items() if cell != "reference"} == set(ROOMS)
+
+
+def test_a_missing_cell_is_filled_by_the_reference(monkeypatch):
+    monkeypatch.delattr("minimoe.ops.rmsnorm.numba_cpu.backward")
+    ops = make_backend("numba")
+    assert ops.dialects["rmsnorm", "forward"] == "numba_cpu"
+    assert ops.dialects["rmsnorm", "backward"] == "reference"
+    assert ops.rmsnorm.backward is module_of("rmsnorm", "reference").backward
+
+
+def test_auto_is_the_fastest_that_runs_everywhere():
+    assert make_backend().name == make_backend("auto").name == "numba"
+
+
+@pytest.mark.parametrize("name", ["torch", "NumPy", "", "gpu"])
+def test_an_unknown_backend_is_an_error_that_lists_those_there_are(name):
+    with pytest.raises(BackendError, match=f"unknown backend '{name}'; there are numpy, numba, cuda and auto"):
+        make_backend(name)
+
+
+def test_errors_are_value_errors():
+    assert issubclass(BackendError, ValueError)
+
+
+def test_cuda_without_cupy_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # an import of it fails
+    with pytest.raises(BackendError, match=r"needs CuPy, which is not installed: pip install 'minimoe\[cuda12\]' or"):
+        make_backend("cuda")
+
+
+def _cupy(count):
+    runtime = SimpleNamespace(getDeviceCount=count)
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+
+
+def test_cuda_without_a_device_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", _cupy(lambda: 0))
+    with pytest.raises(BackendError, match=r"found CuPy but no CUDA device .*CUDA_VISIBLE_DEVICES"):
+        make_backend("cuda")
+
+
+def test_cuda_without_a_driver_passes_on_what_cuda_says(monkeypatch):
+    def fail():
+        raise RuntimeError("cudaErrorInsufficientDriver: driver version is insufficient")
+
+    monkeypatch.setitem(sys.modules, "cupy", _cupy(fail))
+    with pytest.raises(BackendError, match="no usable CUDA driver or device: cudaErrorInsufficientDriver"):
+        make_backend("cuda")
+
+
+def test_the_cuda_column_falls_back_to_the_reference_where_it_has_no_kernel(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", _cupy(lambda: 1))
+    for room in ROOMS:
+        if importlib.util.find_spec(f"minimoe.ops.{room}.cupy_gpu"):
+            pytest.skip("its modules need the real CuPy")
+    ops = make_backend("cuda")
+    assert ops.name == "cuda" and ops.xp is sys.modules["cupy"]
+    assert set(ops.dialects.values()) == {"reference"}
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_host_arrays_are_taken_as_they_are(name):
+    ops, x = make_backend(name), np.arange(3)
+    assert ops.xp is np and ops.asarray(x) is x
+
+
+def test_a_backend_is_a_value():
+    ops = make_backend("numpy")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ops.linear = None
+    wrapped = dataclasses.replace(ops, linear=SimpleNamespace(forward=None))
+    assert wrapped.linear.forward is None and ops.linear.forward is not None
