@@ -6,7 +6,7 @@ Sizes follow the papers: Mistral 7B (arXiv 2310.06825), Mixtral of Experts (arXi
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -115,7 +115,7 @@ class ModelConfig:
     def _check_numbers(self) -> None:
         for name, low in (("norm_eps", 0.0), ("rope_theta", 0.0), ("balance_coefficient", 0.0), ("router_jitter", 0.0)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < low:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= sys.float_info.max:
                 raise ConfigError(f"{name} must be a finite number of at least {low:g}, not {value!r}")
         if self.rope_theta == 0:
             raise ConfigError("rope_theta must be positive, not 0")
@@ -181,7 +181,7 @@ _MIXTRAL = _MISTRAL.replace(num_experts=8, num_experts_per_token=2, dense=False,
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=160, num_layers=6, num_heads=4, num_kv_heads=2,
-        head_dim=32, max_length=1024, balance_coefficient=0.01, balance_form="per_layer",
+        head_dim=32, max_length=256, balance_coefficient=0.02, balance_form="per_layer",
     ),
     "mistral-7b": _MISTRAL,
     "mixtral-8x7b": _MIXTRAL,

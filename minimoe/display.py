@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, TextIO
 
 from minimoe.colours import expert_colour, ink, xterm256
+from minimoe.tokenizer import Tokenizer
 
 How = Literal["colour", "superscript", "ascii"]
 
@@ -26,6 +27,12 @@ def capability(stream: TextIO) -> How:
     except UnicodeEncodeError:
         return "ascii"
     return "superscript"
+
+
+def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> list[str]:
+    """Show the tokens of a text one by one, without BOS and without the space that encoding puts before the first."""
+    pieces = tokenizer.pieces(tokens)
+    return [pieces[0].removeprefix(" "), *pieces[1:]] if pieces else []
 
 
 def tokens_by_expert(pieces: Sequence[str], experts: Iterable[int], how: How) -> str:

@@ -139,7 +139,7 @@ def _check_positions(positions: Any, mask: Array, start: Array) -> Int[Array, "B
     pos = np.asarray(positions)
     if not np.issubdtype(pos.dtype, np.integer) or pos.shape != mask.shape:
         raise TokenError(f"positions must be integers of shape {mask.shape}, not {pos.dtype} of shape {pos.shape}")
-    pos = np.where(mask, pos, -1)
+    pos = np.where(mask, pos.astype(np.int64), -1)  # of an unsigned type, -1 would wrap
     for b, row in enumerate(pos):
         used = row[mask[b]]
         if used.size and (used[0] < start[b] or np.any(np.diff(used) <= 0)):

@@ -120,18 +120,35 @@ def read(
     TextError
         If the text has no tokens.
     """
-    if window < 2:
-        raise ValueError(f"window must be at least 2 (a token and its target), not {window}")
     tokens = np.array(tokenizer.encode(text))
     if tokens.size < 2:
         raise TextError(f"{name}: no tokens in this text")
+    return read_tokens(
+        ops, config, params, tokens, name=name, num_bytes=len(text.encode()), window=window, progress=progress
+    )
+
+
+def read_tokens(
+    ops: Backend,
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, " n+1"],
+    *,
+    name: str = "tokens",
+    num_bytes: int = 0,
+    window: int = WINDOW,
+    progress: Callable[[int], object] | None = None,
+) -> Reading:
+    """Read a text that is tokens already, the first of them BOS; `num_bytes` is what it takes as UTF-8."""
+    if window < 2:
+        raise ValueError(f"window must be at least 2 (a token and its target), not {window}")
     window = _fitting(window, tokens.size)
     seen: list[Array] = []
     batch_size = max(1, min(32, _LOGITS_AT_ONCE // (window * config.vocab_size)))
     watched = _watched(ops, window, seen, progress)
     losses = evaluate(watched, config, params, tokens, window=window, batch_size=batch_size)
     ids = None if config.dense else _in_text_order(seen, config.num_layers, tokens.size, window)[:, 1:]
-    return Reading(name, tokens[1:], losses, ids, len(text.encode()), window)
+    return Reading(name, tokens[1:], losses, ids, num_bytes, window)
 
 
 def join(readings: Sequence[Reading], name: str = "all") -> Reading:

@@ -1,5 +1,7 @@
 """Random models and batches, from seeds: what the tests of whole models run on."""
 
+import itertools
+
 import numpy as np
 
 from minimoe import mixtral
@@ -13,25 +15,25 @@ def draw_config(rng, **fixed):
     """A small model of random shape: C is seldom D / H, windows are short, the number of experts is 1 to 16."""
     E = int(rng.choice([1, 2, 3, 4, 5, 8, 16]))
     K = int(rng.integers(1, 4))
-    drawn = dict(
-        vocab_size=int(rng.integers(5, 40)),
-        hidden_size=int(rng.integers(3, 25)),
-        intermediate_size=int(rng.integers(1, 25)),
-        num_layers=int(rng.integers(1, 4)),
-        num_heads=K * int(rng.integers(1, 4)),
-        num_kv_heads=K,
-        head_dim=2 * int(rng.integers(1, 7)),
-        num_experts=E,
-        num_experts_per_token=int(rng.integers(1, E + 1)),
-        norm_eps=float(10 ** rng.uniform(-8, -1)),
-        rope_theta=float(10 ** rng.uniform(1, 6)),
-        sliding_window=int(rng.integers(1, 12)) if rng.random() < 0.5 else None,
-        tie_embeddings=bool(rng.random() < 0.3),
-        balance_coefficient=float(rng.uniform(0.01, 1)),
-        balance_form="concatenated",
-        bos_id=None,
-        eos_id=None,
-    )
+    drawn = {
+        "vocab_size": int(rng.integers(5, 40)),
+        "hidden_size": int(rng.integers(3, 25)),
+        "intermediate_size": int(rng.integers(1, 25)),
+        "num_layers": int(rng.integers(1, 4)),
+        "num_heads": K * int(rng.integers(1, 4)),
+        "num_kv_heads": K,
+        "head_dim": 2 * int(rng.integers(1, 7)),
+        "num_experts": E,
+        "num_experts_per_token": int(rng.integers(1, E + 1)),
+        "norm_eps": float(10 ** rng.uniform(-8, -1)),
+        "rope_theta": float(10 ** rng.uniform(1, 6)),
+        "sliding_window": int(rng.integers(1, 12)) if rng.random() < 0.5 else None,
+        "tie_embeddings": bool(rng.random() < 0.3),
+        "balance_coefficient": float(rng.uniform(0.01, 1)),
+        "balance_form": "concatenated",
+        "bos_id": None,
+        "eos_id": None,
+    }
     return ModelConfig(**(drawn | fixed))
 
 
@@ -89,4 +91,4 @@ def split(rng, T, most=6):
     cuts = [0]
     while cuts[-1] < T:
         cuts.append(min(T, cuts[-1] + int(rng.choice([1, 1, rng.integers(1, most + 1)]))))
-    return [slice(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]

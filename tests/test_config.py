@@ -6,10 +6,10 @@ import pytest
 from minimoe.config import PRESETS, ConfigError, ModelConfig, preset
 from minimoe.params import shapes
 
-SMALL = dict(
-    vocab_size=11, hidden_size=6, intermediate_size=5, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=2,
-    num_experts=3, num_experts_per_token=2,
-)  # fmt: skip
+SMALL = {
+    "vocab_size": 11, "hidden_size": 6, "intermediate_size": 5, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+    "head_dim": 2, "num_experts": 3, "num_experts_per_token": 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_the_count_is_the_sum_of_all_shapes(name):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_active_ones_are_those_of_k_experts_and_all_else(dense, tied):
-    config = ModelConfig(**SMALL | dict(tie_embeddings=tied))
+    config = ModelConfig(**SMALL | {"tie_embeddings": tied})
     if dense:
         config = config.replace(dense=True, num_experts=1, num_experts_per_token=1)
     sizes = {name: math.prod(shape) for name, shape in shapes(config).items()}
@@ -64,7 +64,7 @@ def test_the_cache_takes_two_vectors_per_layer_and_head():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_are_two_per_weight_and_key_that_take_part(tied):
-    config = ModelConfig(**SMALL | dict(tie_embeddings=tied))
+    config = ModelConfig(**SMALL | {"tie_embeddings": tied})
     D, F, V = 6, 5, 11
     layer = 4 * 2 * D + 2 * (2 * 2 * D) + D * 4 * 2 + 3 * D + 2 * 3 * D * F  # wq, wk and wv, wo, gate, two experts
     for context in (1, 100):
@@ -76,36 +76,37 @@ def test_a_config_cannot_be_changed_but_replaced():
     config = ModelConfig(**SMALL)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.vocab_size = 12
-    assert config.replace(vocab_size=12) == ModelConfig(**SMALL | dict(vocab_size=12)) != config
+    assert config.replace(vocab_size=12) == ModelConfig(**SMALL | {"vocab_size": 12}) != config
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(num_experts_per_token=4), r"num_experts_per_token \(k = 4\) exceeds num_experts \(E = 3\)"),
-        (dict(num_kv_heads=3), r"num_heads \(H = 4\) must be a multiple of num_kv_heads \(K = 3\)"),
-        (dict(num_kv_heads=8), r"num_heads \(H = 4\) must be a multiple of num_kv_heads \(K = 8\)"),
-        (dict(head_dim=3), r"head_dim \(C = 3\) must be even"),
-        (dict(dense=True), "a dense model has one expert, not num_experts = 3"),
-        (dict(balance_form="sum"), "balance_form must be one of per_layer, concatenated, switch, not 'sum'"),
-        (dict(norm_eps=float("nan")), "norm_eps must be a finite number of at least 0, not nan"),
-        (dict(norm_eps=float("inf")), "norm_eps must be a finite number of at least 0, not inf"),
-        (dict(norm_eps=-1e-5), "norm_eps must be a finite number of at least 0, not -1e-05"),
-        (dict(norm_eps="1e-5"), "norm_eps must be a finite number of at least 0, not '1e-5'"),
-        (dict(norm_eps=True), "norm_eps must be a finite number of at least 0, not True"),
-        (dict(norm_eps=None), "norm_eps must be a finite number of at least 0, not None"),
-        (dict(rope_theta=0.0), "rope_theta must be positive, not 0"),
-        (dict(rope_theta=-1.0), "rope_theta must be a finite number"),
-        (dict(rope_theta=float("inf")), "rope_theta must be a finite number"),
-        (dict(balance_coefficient=-0.1), "balance_coefficient must be a finite number of at least 0, not -0.1"),
-        (dict(router_jitter=-0.1), "router_jitter must be a finite number of at least 0, not -0.1"),
-        (dict(router_jitter=1.0), r"router_jitter must be below 1, not 1\.0"),
-        (dict(bos_id=11), r"bos_id must be None or an id in \[0, 11\), not 11"),
-        (dict(eos_id=-1), r"eos_id must be None or an id in \[0, 11\), not -1"),
-        (dict(eos_id=True), r"eos_id must be None or an id in \[0, 11\), not True"),
-        (dict(sliding_window=0), r"sliding_window must be an integer in \[1, 2147483647\], not 0"),
-        (dict(sliding_window=-1), "sliding_window must be an integer"),
-        (dict(sliding_window=2.0), r"sliding_window must be an integer in \[1, 2147483647\], not 2\.0"),
+        ({"num_experts_per_token": 4}, r"num_experts_per_token \(k = 4\) exceeds num_experts \(E = 3\)"),
+        ({"num_kv_heads": 3}, r"num_heads \(H = 4\) must be a multiple of num_kv_heads \(K = 3\)"),
+        ({"num_kv_heads": 8}, r"num_heads \(H = 4\) must be a multiple of num_kv_heads \(K = 8\)"),
+        ({"head_dim": 3}, r"head_dim \(C = 3\) must be even"),
+        ({"dense": True}, "a dense model has one expert, not num_experts = 3"),
+        ({"balance_form": "sum"}, "balance_form must be one of per_layer, concatenated, switch, not 'sum'"),
+        ({"norm_eps": float("nan")}, "norm_eps must be a finite number of at least 0, not nan"),
+        ({"norm_eps": float("inf")}, "norm_eps must be a finite number of at least 0, not inf"),
+        ({"norm_eps": -1e-5}, "norm_eps must be a finite number of at least 0, not -1e-05"),
+        ({"norm_eps": "1e-5"}, "norm_eps must be a finite number of at least 0, not '1e-5'"),
+        ({"norm_eps": True}, "norm_eps must be a finite number of at least 0, not True"),
+        ({"norm_eps": None}, "norm_eps must be a finite number of at least 0, not None"),
+        ({"rope_theta": 0.0}, "rope_theta must be positive, not 0"),
+        ({"rope_theta": -1.0}, "rope_theta must be a finite number"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a finite number"),
+        ({"rope_theta": 10**400}, "rope_theta must be a finite number of at least 0, not 1000"),
+        ({"balance_coefficient": -0.1}, "balance_coefficient must be a finite number of at least 0, not -0.1"),
+        ({"router_jitter": -0.1}, "router_jitter must be a finite number of at least 0, not -0.1"),
+        ({"router_jitter": 1.0}, r"router_jitter must be below 1, not 1\.0"),
+        ({"bos_id": 11}, r"bos_id must be None or an id in \[0, 11\), not 11"),
+        ({"eos_id": -1}, r"eos_id must be None or an id in \[0, 11\), not -1"),
+        ({"eos_id": True}, r"eos_id must be None or an id in \[0, 11\), not True"),
+        ({"sliding_window": 0}, r"sliding_window must be an integer in \[1, 2147483647\], not 0"),
+        ({"sliding_window": -1}, "sliding_window must be an integer"),
+        ({"sliding_window": 2.0}, r"sliding_window must be an integer in \[1, 2147483647\], not 2\.0"),
     ],
 )
 def test_what_describes_no_model_is_refused_by_name_and_value(change, message):
@@ -124,7 +125,7 @@ def test_a_size_is_a_positive_integer_that_an_index_can_hold(field, value):
 
 def test_errors_are_value_errors_of_one_line():
     with pytest.raises(ValueError, match="vocab_size") as caught:
-        ModelConfig(**SMALL | dict(vocab_size=0))
+        ModelConfig(**SMALL | {"vocab_size": 0})
     assert "\n" not in str(caught.value)
 
 
@@ -134,5 +135,7 @@ def test_an_unknown_field_is_named():
 
 
 def test_an_unknown_preset_is_an_error_that_lists_those_there_are():
-    with pytest.raises(ConfigError, match="unknown preset 'mixtral'; there are tiny, mistral-7b, mixtral-8x7b, mixtral-8x22b"):
+    with pytest.raises(
+        ConfigError, match="unknown preset 'mixtral'; there are tiny, mistral-7b, mixtral-8x7b, mixtral-8x22b"
+    ):
         preset("mixtral")

@@ -68,7 +68,9 @@ def test_every_value_equals_the_naive_model(seed, ops):
     for name, wanted in truth.items():
         # (1, H, T, S) and (1, T, V) carry the batch, which is one; what else there is has one row per token
         assert found[name].shape in (wanted.shape, (1, *wanted.shape)), name
-        assert found[name].shape[0] == (1 if name.endswith(("scores", "probs", "logits")) and ".gating" not in name else T)
+        assert found[name].shape[0] == (
+            1 if name.endswith(("scores", "probs", "logits")) and ".gating" not in name else T
+        )
         assert_close(found[name].reshape(wanted.shape), wanted, 1e-12)
 
 
@@ -118,7 +120,7 @@ def test_a_name_that_is_not_there_is_an_error_that_shows_how_names_look():
 
 def test_what_is_recorded_are_copies(ops):
     """A cache changes in place, buffers may be reused; weights alone are kept as they are."""
-    rng, config, weights = draw(0)
+    _rng, config, weights = draw(0)
     recorder = trace.Recorder(weights)
     cache = mixtral.new_cache(ops, config, weights, 1, 8)
     forward(recorder.wrap(ops), config, weights, [[1, 2]], cache=cache)
@@ -139,8 +141,8 @@ def test_what_is_recorded_are_copies(ops):
 
 
 def test_the_weights_that_are_known_by_address_stay_alive(monkeypatch):
-    """The one expert of a dense model is a view, made when it is asked for: were it gone, its address could be another's."""
-    _, config, weights = draw(2)
+    """The one expert of a dense model is a view, made when asked for: were it gone, its address could be another's."""
+    _, _config, weights = draw(2)
     seen = []
 
     def leaves(tree):

@@ -145,13 +145,13 @@ def _write_csv(path: Path, readings: Sequence[Reading], config: ModelConfig) -> 
 
 def _print(result: dict[str, Any], readings: Sequence[Reading]) -> None:
     E, chance = result["experts"], result["chance_of_repeats"]
+    print(f"0 … {E - 1:<7}  share of assignments per expert in percent; even: {100 / E:.3g}")
+    print(f"entropy      of the first choice in bits; even: {math.log2(E):.3g}")
     print(
-        f"share of assignments per expert in percent (even: {100 / E:.3g}); entropy of the first choice in bits (even:"
+        f"same first   consecutive tokens with one first choice, in percent; even chance: {_percent(chance['first'])}"
     )
-    print(f"{math.log2(E):.3g}); how often consecutive tokens have the same first choice, and any expert in common, in")
-    print(
-        f"percent (even chance: {100 * chance['first']:.1f} and {100 * chance['any']:.1f}; in brackets, tokens shuffled)"
-    )
+    print(f"in common    consecutive tokens with any expert in common; even chance: {_percent(chance['any'])}")
+    print("(in brackets the same for the tokens of this text in shuffled order)")
     for text in result["texts"]:
         print(f"\n{text['name']}: {text['tokens']:,} tokens")
         print(table(["layer", *map(str, range(E)), "entropy", "same first", "in common"], _rows(text)))
@@ -166,6 +166,10 @@ def _print(result: dict[str, Any], readings: Sequence[Reading]) -> None:
         print(table(["layer", "measured", "shuffled mean", "shuffled max"], rows))
     if cut := windows_line(readings):
         print("\n" + cut)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _rows(text: dict[str, Any]) -> list[list[str]]:

@@ -51,7 +51,7 @@ def test_a_crash_at_any_step_of_a_save_leaves_old_or_new(folder: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    ("how", "kills"), [("swap", 12), ("rename", 6), pytest.param("swap", 200, marks=pytest.mark.slow)]
+    ("how", "kills"), [("swap", 8), ("rename", 5), pytest.param("swap", 200, marks=pytest.mark.slow)]
 )
 def test_kill_9_at_random_moments_while_two_save_and_one_reads(folder: Path, how: str, kills: int) -> None:
     rng = random.Random(kills)

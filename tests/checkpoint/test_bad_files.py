@@ -52,8 +52,9 @@ def refused(folder: Path, kind: type[CheckpointError], *words: str) -> str:
     message = str(caught.value)
     assert message.isprintable()
     assert len(message) < 3000
+    said = message.replace(str(folder.parent), "")  # which holds the name of the test
     for word in words:
-        assert word in message, message
+        assert word in said, message
     return message
 
 

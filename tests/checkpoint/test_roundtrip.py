@@ -172,6 +172,13 @@ def test_state_tensors_of_any_type_come_back(tmp_path: Path) -> None:
         checkpoint.save_tensors(tmp_path / "c.safetensors", {"c": np.zeros(2, complex)})
 
 
+def test_tensors_of_several_types_are_all_aligned(tmp_path: Path) -> None:
+    odd = {"half": np.zeros(3, np.float16), "double": np.zeros(1), "single": np.zeros(5, np.float32)}
+    checkpoint.save_tensors(tmp_path / "model.safetensors", odd)
+    assert all(info.aligned for info in checkpoint.headers(tmp_path).tensors)
+    assert (int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little") + 8) % 64 == 0
+
+
 def test_other_files_stay_and_those_of_the_old_checkpoint_go(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     tokenizer = tmp_path / "some.model"

@@ -7,6 +7,8 @@ import pytest
 from minimoe.ops.attention import reference
 from tests.measure import assert_close, assert_slopes, dialects
 
+BFLOAT16 = ml_dtypes.bfloat16
+
 
 @pytest.fixture(params=dialects("attention"), ids=lambda m: m.__name__.rpartition(".")[2])
 def attention(request):
@@ -127,15 +129,22 @@ def test_large_scores_do_not_overflow(attention):
     assert np.abs(lse).max() > 1000
 
 
-def test_probabilities_and_queries_are_rounded_where_the_cache_is_bfloat16(attention):
-    q, k, v, q_pos, k_pos = draw(1, 2, 40, 2, 1, 8, 0)
-    q, k, v = q.astype(np.float32), k.astype(ml_dtypes.bfloat16), v.astype(ml_dtypes.bfloat16)
-    out, _ = attention.forward(q, k, v, q_pos, k_pos, None)
+@pytest.mark.parametrize("T", [1, 3])
+def test_probabilities_are_rounded_where_the_cache_is_bfloat16(attention, T):
+    # three keys alike: each probability is 1/3, in bfloat16 0.333984375, and the sum shows it
+    k = np.zeros((1, 3, 1, 2), BFLOAT16)
+    pos = np.full((1, T), 3)
+    out, _ = attention.forward(np.ones((1, T, 1, 2), np.float32), k, k + BFLOAT16(1), pos, np.arange(3)[None], None)
     assert out.dtype == np.float32
-    wide = [x.astype(ml_dtypes.bfloat16).astype(np.float64) for x in (q, k, v)]
-    probs = reference.explain(*wide[:2], q_pos, k_pos, None)["probs"]  # (B, H, T, S)
-    probs = probs.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
-    assert_close(out, np.einsum("bhts,bsc->bthc", probs, wide[2][:, :, 0]), 2e-3)
+    assert_close(out, np.full((1, T, 1, 2), 1.001953125), 1e-6)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_queries_are_rounded_where_the_cache_is_bfloat16(attention, T):
+    # 1 + 2**-8 rounds to 1 (ties to even): the score is 64, not 64.25
+    q, k = np.full((1, T, 1, 1), 1 + 2**-8, np.float32), np.full((1, 1, 1, 1), 64).astype(BFLOAT16)
+    out, lse = attention.forward(q, k, k, np.zeros((1, T), int), np.zeros((1, 1), int), None)
+    assert_close((out, lse), (np.full((1, T, 1, 1), 64), np.full((1, T, 1), 64)), 1e-6)
 
 
 def test_explain_names_what_forward_computes():

@@ -165,6 +165,15 @@ def test_operands_and_hidden_are_rounded_where_the_weights_are_bfloat16(experts,
     assert_close(out, expected, 2e-3)  # a hidden number on the edge may round the other way
 
 
+@pytest.mark.parametrize("N", [1, 9])
+def test_bfloat16_rounding_of_x_and_of_the_hidden_state_shows(experts, N):
+    # x = 1 + 2**-8 rounds to 1. silu(33) = 33 in float32; hidden = 33 · 33/32 = 34.03125 rounds to 34
+    x, w1, w3 = np.full((N, 1), 1 + 2**-8, np.float32), np.full((1, 1, 1), 33), np.full((1, 1, 1), 33 / 32)
+    w1, w2, w3 = (w.astype(BFLOAT16) for w in (w1, np.ones((1, 1, 1)), w3))
+    out, _ = experts.forward(x, w1, w2, w3, np.zeros((N, 1), int), np.ones((N, 1), np.float32))
+    assert_close(out, np.full((N, 1), 34.0), 1e-6)
+
+
 def test_explain_names_what_forward_computes():
     x, w1, w2, w3, ids, weights = draw(9, 3, 6, 4, 2, unused=3, padding=2)
     inner = reference.explain(x, w1, w2, w3, ids, weights)

@@ -269,6 +269,14 @@ def test_cross_entropy_keeps_nan_and_infinity(dtype):
     assert_close(lse[1], expected[1], 1e-6)
 
 
+@FLOATS
+@pytest.mark.parametrize("V", [1, 7, 8, 9, 23])
+def test_cross_entropy_finds_the_largest_logit_wherever_it_stands(dtype, V):
+    logits = np.where(np.eye(V), 1e4, 0).astype(dtype)  # shifted by anything else, exp would overflow
+    lse = cross_entropy.forward(logits, np.zeros(V, int))[2]
+    np.testing.assert_array_equal(lse, np.full(V, 1e4, dtype))
+
+
 def test_cross_entropy_takes_frozen_strided_input():
     logits, targets = as_dtype(draw_cross_entropy(np.random.default_rng(0), 131, 130), np.float32)
     frozen_lse = cross_entropy.forward(frozen(logits), frozen(targets))[2]
@@ -326,6 +334,8 @@ def test_balance_loss_skips_ids_of_tokens_that_are_not_routed():
     expected = call_balance_loss(balance_loss_reference, logits, ids, active)
     ids = np.where(active[:, None], ids, -1)
     assert_close(call_balance_loss(balance_loss, frozen(logits), frozen(ids), frozen(active)), expected, 1e-13)
+    expected = call_balance_loss(balance_loss_reference, logits, ids, None)
+    assert_close(call_balance_loss(balance_loss, logits, ids, None), expected, 1e-13)
 
 
 def test_balance_loss_does_not_depend_on_the_number_of_threads():

@@ -44,24 +44,24 @@ def lifted():
 
 def build(config, params, dtype=torch.float64):
     """Their model of `config`, eager throughout, with the weights of `params`."""
-    common = dict(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        sliding_window=config.sliding_window,
-        max_position_embeddings=config.max_length,
-        tie_word_embeddings=config.tie_embeddings,
-        bos_token_id=config.bos_id,
-        eos_token_id=config.eos_id,
-        use_cache=False,
-        attn_implementation="eager",
-    )
+    common = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "sliding_window": config.sliding_window,
+        "max_position_embeddings": config.max_length,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "use_cache": False,
+        "attn_implementation": "eager",
+    }
     if config.dense:
         model = MistralForCausalLM(MistralConfig(**common))
     else:
@@ -74,7 +74,9 @@ def build(config, params, dtype=torch.float64):
             experts_implementation="eager",
         )
         model = MixtralForCausalLM(theirs)
-    weights = {name: torch.tensor(array, dtype=dtype) for name, array in _to_theirs(config, dict(named(params))).items()}
+    weights = {
+        name: torch.tensor(array, dtype=dtype) for name, array in _to_theirs(config, dict(named(params))).items()
+    }
     missing, unexpected = model.to(dtype).load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if config.tie_embeddings else set())
     return model.eval()

@@ -11,7 +11,13 @@ pytest.importorskip("transformers")
 from minimoe import mixtral  # noqa: E402
 from minimoe.backends import make_backend  # noqa: E402
 from tests.draws import (  # noqa: E402
-    SIDES, draw_config, draw_dense_config, draw_params, draw_tokens, forward, split,
+    SIDES,
+    draw_config,
+    draw_dense_config,
+    draw_params,
+    draw_tokens,
+    forward,
+    split,
 )  # fmt: skip
 from tests.measure import relative_error  # noqa: E402
 from tests.peers import lifted  # noqa: E402
@@ -41,7 +47,7 @@ def errors():
 
 @functools.cache
 def case(seed):
-    """A model, a batch, and their logits: every sixth model is dense, padding takes turns, some positions start late."""
+    """A model, a batch, and their logits: every sixth model is dense, padding takes turns, some start late."""
     rng = np.random.default_rng([2401, seed])
     config = draw_dense_config(rng) if seed % 6 == 5 else draw_config(rng)
     params = draw_params(config, rng, stacked=bool(seed % 2))

@@ -6,10 +6,11 @@ LANES = 64. Local arrays of a block keep the 64 queries in their last axis:
 scores[s, lane] = Σ_c k[s, c] · q[c, lane]          probs[s, lane] = exp(scores · scale - top[lane]) / total[lane]
 out[c, lane]    = Σ_s v[s, c] · probs[s, lane]
 
-Every step is then elementwise over lanes: maximum and sum of the softmax need no reduction inside a vector, k and v need
-no transposing, and sums run in one fixed order whatever the number of threads. The three products share one small
-matrix product, `_add_product`. A block holds the scores of its own 64 queries only: memory grows with S, not with T·S.
-Keys before the first and after the last that any query of the block sees are left out, so causal attention costs half.
+Every step is then elementwise over lanes: maximum and sum of the softmax need no reduction inside a vector, k and v
+need no transposing, and sums run in one fixed order whatever the number of threads. All products, those of the backward
+too, are one small matrix product, `_add_product`. A block holds the scores of its own 64 queries only: memory grows with
+S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so causal
+attention costs half.
 
 One token (decode) would leave most lanes empty: `_forward_few` takes dot products along c instead and reads every key
 and value once for all heads of its group.
@@ -43,10 +44,8 @@ def forward(
     (B, T, H, C), K = q.shape, k.shape[2]
     q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
     out, lse = np.empty(q.shape, q.dtype), np.empty((B, T, H), q.dtype)
-    few = T * (H // K) <= FEW_QUERIES
-    (_forward_few if few else _forward)(
-        q, k, v, q_pos, k_pos, UNBOUNDED if window is None else window, C**-0.5, bf16, out, lse
-    )
+    run = _forward_few if T * (H // K) <= FEW_QUERIES else _forward
+    run(q, k, v, q_pos, k_pos, UNBOUNDED if window is None else window, C**-0.5, bf16, out, lse)
     return out, lse
 
 
@@ -65,9 +64,8 @@ def backward(
     q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
     dout, out, lse = (np.ascontiguousarray(x) for x in (dout, out, lse))
     dq, dk, dv = np.empty_like(q), np.empty(k.shape, q.dtype), np.empty(v.shape, q.dtype)
-    _backward(
-        dout, q, k, v, q_pos, k_pos, UNBOUNDED if window is None else window, C**-0.5, bf16, out, lse, dq, dk, dv
-    )
+    window = UNBOUNDED if window is None else window
+    _backward(dout, q, k, v, q_pos, k_pos, window, C**-0.5, bf16, out, lse, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -81,8 +79,8 @@ def _prepared(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array) -> tuple
 
 @jit(parallel=True, fastmath=FMA)
 def _forward(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse):
-    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
-    G = H // K
+    B, T, K = q.shape[0], q.shape[1], k.shape[2]
+    G = q.shape[2] // K
     blocks = (T * G + LANES - 1) // LANES
     pairs = (blocks + 1) // 2
     for item in numba.prange(B * K * pairs):
@@ -104,7 +102,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, 
     first, last = _seen(position[:lanes], k_pos[b], window)
     # forward: scores = q · kᵀ / sqrt(C)
     qT = _load_lanes(q, b, kh, G, start, lanes, bf16)  # (C, lanes)
-    rows = _load_rows(k, q.dtype, b, kh, first, last, 4)  # (S', C)
+    rows = _load_rows(k, q.dtype, b, kh, first, last)  # (S', C)
     scores = np.zeros((rows.shape[0], LANES), q.dtype)
     _add_product(scores, rows, qT)
     top = np.full(LANES, -np.inf, q.dtype)
@@ -132,7 +130,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, 
                 row[lane] = rounded(row[lane] / divisor[lane])
         divisor[:] = 1
     # out = Σ_s probs · v; dividing C sums by the total is cheaper than dividing S probabilities
-    rows = _load_rows(v, q.dtype, b, kh, first, last, 4)
+    rows = _load_rows(v, q.dtype, b, kh, first, last)
     outT = np.zeros(qT.shape, q.dtype)
     _add_product(outT, rows.T, scores)
     for lane in range(lanes):
@@ -144,20 +142,18 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, 
 
 @jit(parallel=True, fastmath=FMA)
 def _backward(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv):
-    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
-    for item in numba.prange(B * K):
-        # One thread owns the gradients of a key/value head and takes its queries in order: no races, one order of sums.
+    K = k.shape[2]
+    for item in numba.prange(q.shape[0] * K):
+        # One thread owns the gradients of a key/value head and takes its queries in order: no race, one order of sums.
         _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv, item // K, item % K)
 
 
 @jit(fastmath=FMA)
-def _backward_head(
-    dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv, b, kh
-):
+def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv, b, kh):
     (T, H, C), (S, K) = q.shape[1:], k.shape[1:3]
     G = H // K
     factor = q.dtype.type(scale)
-    keys, values = _load_rows(k, q.dtype, b, kh, 0, S, 32), _load_rows(v, q.dtype, b, kh, 0, S, 32)  # (S, C), both padded
+    keys, values = _load_rows(k, q.dtype, b, kh, 0, S), _load_rows(v, q.dtype, b, kh, 0, S)  # (S, C), both padded
     dkeys, dvalues = np.zeros(keys.shape, q.dtype), np.zeros(keys.shape, q.dtype)
     for start in range(0, T * G, LANES):
         lanes = min(LANES, T * G - start)
@@ -234,7 +230,7 @@ def _mask(scores, q_pos, lanes, k_pos, first, last, window, scale):
 
 @jit()
 def _load_lanes(x, b, kh, G, start, lanes, bf16):
-    """Queries start.. of one group as (C, LANES): zeros in the lanes and rows (to a multiple of 32) that are not used."""
+    """Queries start.. of one group as (C, LANES), C padded to 32; zeros wherever no query is."""
     C = x.shape[3]
     local = np.zeros(((C + 31) // 32 * 32, LANES), x.dtype)
     for lane in range(lanes):
@@ -246,7 +242,7 @@ def _load_lanes(x, b, kh, G, start, lanes, bf16):
 
 @jit()
 def _load_queries(x, b, kh, G, start, lanes):
-    """Queries start.. of one group as (LANES, C), padded with zeros."""
+    """Queries start.. of one group as (LANES, C), C padded to 32; zeros wherever no query is."""
     C = x.shape[3]
     local = np.zeros((LANES, (C + 31) // 32 * 32), x.dtype)
     for lane in range(lanes):
@@ -257,11 +253,10 @@ def _load_queries(x, b, kh, G, start, lanes):
 
 
 @jit()
-def _load_rows(x, dtype, b, kh, first, last, multiple):
-    """Keys or values first..last of one head as (S', C), widened, padded with zeros."""
+def _load_rows(x, dtype, b, kh, first, last):
+    """Keys or values first..last of one head as (S', C), widened; S' is padded to fours and C to 32, with zeros."""
     C = x.shape[3]
-    count = (last - first + multiple - 1) // multiple * multiple
-    local = np.zeros((count, (C + 31) // 32 * 32), dtype)
+    local = np.zeros(((last - first + 3) // 4 * 4, (C + 31) // 32 * 32), dtype)
     for s in range(first, last):
         row, target = x[b, s, kh], local[s - first]
         for c in range(C):
@@ -269,7 +264,7 @@ def _load_rows(x, dtype, b, kh, first, last, multiple):
     return local
 
 
-@jit(inline="always")
+@jit(fastmath=FMA)
 def _add_product(out, a, b):
     """out += a · b; rows and columns of `a` in fours, columns of `b` in 64 or 32."""
     width = b.shape[1]

@@ -17,9 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import (
-    FAST, addresses, dot_rows, jit, operand, pointer, product, rounded, sigmoid, storage, widened
-)
+from minimoe.loops import FAST, addresses, dot_rows, jit, operand, pointer, product, rounded, sigmoid, storage, widened
 from minimoe.ops.experts import Saved
 from minimoe.shapes import Array
 
@@ -269,7 +267,8 @@ def _combine(ys, place, weights, out, slots):
     keep = len(slots) > 0
     for n in numba.prange(N):
         total = out[n]
-        total[:] = 0
+        for d in range(len(total)):
+            total[d] = 0
         for slot in range(k):
             row = place[n, slot]
             if row >= 0:
@@ -278,10 +277,8 @@ def _combine(ys, place, weights, out, slots):
                     total[d] += weight * y[d]
             if keep:
                 kept = slots[n, slot]
-                if row >= 0:
-                    kept[:] = ys[row]
-                else:
-                    kept[:] = 0
+                for d in range(ys.shape[1]):
+                    kept[d] = ys[row, d] if row >= 0 else 0
 
 
 @jit(parallel=True)
@@ -290,7 +287,8 @@ def _sum_slots(a, b, place, out):
     N, k = place.shape
     for n in numba.prange(N):
         total = out[n]
-        total[:] = 0
+        for d in range(len(total)):
+            total[d] = 0
         for slot in range(k):
             row = place[n, slot]
             if row >= 0:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import exp, dot_rows, jit, operand, product, storage, widened
+from minimoe.loops import dot_rows, exp, jit, operand, product, storage, widened
 from minimoe.shapes import Array
 
 FEW_ROWS = 4

@@ -1,7 +1,7 @@
 """Linear maps on the CPU: BLAS for many rows, a matrix-vector loop for few.
 
 With few rows the time is that of reading the weights: the loop reads each once, four rows at a time, on all cores, and
-widens bfloat16 in registers. With many rows NumPy's BLAS does the arithmetic.
+widens bfloat16 in registers. With many rows, or with weights so small that the call itself costs most, NumPy's BLAS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ FEW_PRODUCTS = 100_000  # below, one core is done before others have woken up
 def forward(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
     dtype = weights[0].dtype
     same = all(w.dtype == dtype for w in weights) and (dtype == x.dtype or is_bfloat16(weights[0]))
-    if len(x) <= FEW_ROWS and same:
+    work = len(x) * sum(w.size for w in weights)
+    if len(x) <= FEW_ROWS and same and (work >= FEW_PRODUCTS or is_bfloat16(weights[0])):
         return _forward_few(x, [np.ascontiguousarray(w) for w in weights])
     return [product(operand(x, w), w) for w in weights]  # (N, I) -> (N, O)
 
@@ -40,7 +41,7 @@ def backward(
 
 
 def _forward_few(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
-    """One launch for all weights. Addresses instead of arrays: one compiled loop for any number, mapped or not."""
+    """One launch for all weights. Addresses, not arrays: one compiled loop for any number of them, memory-mapped or not."""
     bf16 = is_bfloat16(weights[0])
     N = len(x)
     x = np.ascontiguousarray(x, np.float32 if bf16 else x.dtype)
@@ -56,16 +57,15 @@ def _forward_few(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]])
 
 @jit(parallel=True)
 def _few(x, table, dtype, bf16, out):
-    N, I = x.shape
     if bf16:
         x = x.copy()
-        for n in range(N):
-            for i in range(I):
+        for n in range(x.shape[0]):
+            for i in range(x.shape[1]):
                 x[n, i] = rounded(x[n, i])
     blocks = 0
     for i in range(len(table)):
         blocks += (table[i, 1] + 3) // 4
-    if 4 * blocks * N * I < FEW_PRODUCTS:
+    if 4 * blocks * x.size < FEW_PRODUCTS:
         for block in range(blocks):
             _four_rows(x, table, dtype, out, block)
     else:
@@ -75,20 +75,15 @@ def _few(x, table, dtype, bf16, out):
 
 @jit()
 def _four_rows(x, table, dtype, out, block):
-    """Block `block` of four rows, counted through all the weights; the tables lie one after the other in `out`."""
-    N, I = x.shape
-    weight = start = 0
+    """Block `block` of four rows, counted through all the weights; their results lie one after the other in `out`."""
+    N, weight, start = x.shape[0], 0, 0
     while block >= (table[weight, 1] + 3) // 4:
         block -= (table[weight, 1] + 3) // 4
         start += N * table[weight, 1]
         weight += 1
-    address, O = table[weight]
-    w = numba.carray(pointer(np.uintp(address)), (O, I), dtype)
-    row = 4 * block
+    address, rows = table[weight]
+    w = numba.carray(pointer(np.uintp(address)), (rows, x.shape[1]), dtype)
     for n in range(N):
-        y = out[start + n * O : start + (n + 1) * O]
-        y0, y1, y2, y3 = dot_rows(x[n], w, row)
-        y[row] = y0
-        y[min(row + 1, O - 1)] = y1
-        y[min(row + 2, O - 1)] = y2
-        y[min(row + 3, O - 1)] = y3
+        four = dot_rows(x[n], w, 4 * block)
+        for i in range(4):
+            out[start + n * rows + min(4 * block + i, rows - 1)] = four[i]
