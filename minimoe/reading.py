@@ -1,6 +1,6 @@
 """A model reads a text: the loss of every token, and the experts it was sent to.
 
-Texts longer than the window are read in windows that overlap by half, as `training.loop.evaluate` does it; routing is
+Texts longer than the window are read in windows that overlap by half, as `evaluate` does it; routing is
 watched by a wrapper around the backend's gate, so that one pass gives both.
 """
 
@@ -20,10 +20,10 @@ from jaxtyping import Float, Int
 from minimoe.arrays import to_host
 from minimoe.backends import Backend
 from minimoe.config import ModelConfig
+from minimoe.evaluate import evaluate
 from minimoe.params import Params
 from minimoe.shapes import Array
 from minimoe.tokenizer import Tokenizer
-from minimoe.training.loop import evaluate
 
 WINDOW = 256
 _LOGITS_AT_ONCE = 1 << 25  # numbers: 128 MiB in float32

@@ -80,13 +80,13 @@ def tables(result: dict[str, Any]) -> str:
     for name, d in result["domains"].items():
         grams = " | ".join(f"{loss:.3f}" for loss in d["all_domains"])
         own = " / ".join(f"{loss:.3f}" for loss in d["own_domain"])
-        lines.append(
-            f"| {name} | {d['tokens']:,} | **{d['loss']:.3f}** | {grams} | {own} | {d['margin']:.3f} |"
-        )
+        lines.append(f"| {name} | {d['tokens']:,} | **{d['loss']:.3f}** | {grams} | {own} | {d['margin']:.3f} |")
     experts = range(len(result["shares"][0]))
     lines += [
         "",
-        "| layer | " + " | ".join(f"expert {e}" for e in experts) + " | bits about the domain | shuffled: mean, largest |",
+        "| layer | "
+        + " | ".join(f"expert {e}" for e in experts)
+        + " | bits about the domain | shuffled: mean, largest |",
         "| --- |" + " ---: |" * (len(experts) + 2),
     ]
     for i, row in enumerate(result["shares"]):

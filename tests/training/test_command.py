@@ -93,9 +93,7 @@ def test_interrupted_and_resumed_gives_the_same_bits(
     assert saved[0] == saved[1]
 
 
-def test_killed_without_warning_resumes_from_the_last_checkpoint(
-    whole: Path, files: list[str], tmp_path: Path
-) -> None:
+def test_killed_without_warning_resumes_from_the_last_checkpoint(whole: Path, files: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     run = [sys.executable, "-m", "minimoe", "train", *arguments(out, files, "--save-every", "1")]
     with subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

@@ -1,5 +1,6 @@
 """The training loop: schedule, batches, one step against AdamW by hand, evaluation in windows."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,8 +9,9 @@ import pytest
 from minimoe import mixtral
 from minimoe.backends import make_backend
 from minimoe.config import ModelConfig
+from minimoe.evaluate import evaluate
 from minimoe.params import leaves, map_leaves, random, stack_experts
-from minimoe.training.loop import TrainConfig, batch, evaluate, new_state, train_step
+from minimoe.training.loop import TrainConfig, batch, new_state, train_step
 
 CONFIG = ModelConfig(
     vocab_size=40, hidden_size=16, intermediate_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -31,7 +33,7 @@ def test_learning_rate_warms_up_and_ends_at_its_floor() -> None:
     assert train.learning_rate(60) == pytest.approx(0.55)  # half-way down the cosine
     assert train.learning_rate(110) == pytest.approx(0.1)
     rates = [train.learning_rate(step) for step in range(10, 111)]
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
 
 
 def test_batches_follow_from_seed_and_step_alone() -> None:
@@ -56,9 +58,7 @@ def test_a_domain_shorter_than_a_sequence_is_named() -> None:
         batch({"short": np.arange(3)}, TrainConfig(steps=1, sequence_length=16), 1)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("steps", 0), ("batch_size", 0), ("warmup", 0), ("sequence_length", 1)]
-)
+@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("batch_size", 0), ("warmup", 0), ("sequence_length", 1)])
 def test_settings_out_of_range_are_named(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
         TrainConfig(**{"steps": 5, field: value})
