@@ -83,17 +83,14 @@ def _check_target(target: Path) -> None:
     if os.path.lexists(target) and not target.is_dir():
         kind = "a file" if target.is_file() else "a device or socket"
         raise SaveError(f"{target}: is {kind}; a checkpoint is saved as a folder")
-    if os.path.ismount(target) or _holds_current(target):
-        kind = "a mount point" if os.path.ismount(target) else "the current directory, or holds it"
+    current = False
+    with contextlib.suppress(FileNotFoundError):  # it may have been deleted
+        current = Path.cwd().is_relative_to(target)
+    if current or os.path.ismount(target):
+        kind = "the current directory, or holds it" if current else "a mount point"
         raise SaveError(f"{target}: is {kind}, and cannot be replaced as a whole; save to another folder")
     if target.is_dir() and not os.access(target, os.W_OK):
         raise SaveError(f"{target}: is read-only")
-
-
-def _holds_current(target: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):  # the current directory may have been deleted
-        return Path.cwd().is_relative_to(target)
-    return False
 
 
 def _prefix(target: Path) -> str:
@@ -198,7 +195,6 @@ def _exchange(a: Path, b: Path) -> bool:
         return False
     if renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return True
-    code = ctypes.get_errno()
-    if code in _CANNOT_SWAP:
+    if (code := ctypes.get_errno()) in _CANNOT_SWAP:
         return False
     raise OSError(code, os.strerror(code), str(b))

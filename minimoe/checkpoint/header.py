@@ -104,7 +104,7 @@ def _header_length(start: bytes, size: int, where: str) -> int:
         raise DamagedFileError(f"{where}: the file is empty; download it again")
     if start.startswith(_LFS):
         raise DamagedFileError(f"{where}: a Git-LFS pointer, not the weights themselves; fetch them with: git lfs pull")
-    if start.startswith(_PICKLES):
+    if start.startswith(_PICKLES) and start[8:9] != b"{":  # a header of 1408 bytes starts with b"\x80\x05" too
         raise UnsafeFormatError(
             f"{where}: a pickle or zip file, not safetensors; never opened, because it can run code"
         )

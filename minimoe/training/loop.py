@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from minimoe import mixtral
+from minimoe.arrays import to_host
 from minimoe.backends import Backend
 from minimoe.config import ModelConfig
 from minimoe.params import Params, leaves, map_leaves, random, stack_experts
@@ -154,7 +155,7 @@ def least_share(ops: Backend, config: ModelConfig, routed: Any) -> float:
     if routing is None:
         return 1.0
     E = config.num_experts
-    counts = [np.bincount(layer[layer >= 0], minlength=E) for layer in np.asarray(routing.ids)]
+    counts = [np.bincount(layer[layer >= 0], minlength=E) for layer in to_host(routing.ids)]
     return float(min(c.min() / max(c.sum(), 1) for c in counts) * E)
 
 

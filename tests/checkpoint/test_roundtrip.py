@@ -116,6 +116,16 @@ def test_an_unaligned_tensor_is_copied_and_said_so(tmp_path: Path) -> None:
     assert params.norm.flags.aligned
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x4B50])
+def test_a_header_may_have_any_length(tmp_path: Path, length: int) -> None:
+    """Some lengths, as bytes, are how pickles start."""
+    tensors = {"model.norm.weight": np.ones(16, np.float32)}
+    checkpoint.save_tensors(tmp_path / "model.safetensors", tensors)
+    header, data = read_parts(tmp_path / "model.safetensors")
+    write_parts(tmp_path / "model.safetensors", json.dumps(header).encode().ljust(length), data)
+    assert [info.name for info in checkpoint.headers(tmp_path).tensors] == list(tensors)
+
+
 def test_a_model_is_saved_over_the_folder_it_is_mapped_from(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "m", MOE, model())
     config, mapped = checkpoint.load_params(tmp_path / "m")
