@@ -37,7 +37,7 @@ class ModelConfig:
     num_experts, num_experts_per_token : int
         E and k, 1 <= k <= E.
     dense : bool
-        No gate: the one expert serves every token with weight 1.
+        No gate: the one expert serves every token with weight 1. Needs E = k = 1.
     norm_eps : float
         Added to the mean square inside the root of RMSNorm.
     rope_theta : float
@@ -103,12 +103,15 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim (C = {self.head_dim}) must be even: RoPE rotates pairs")
+        if self.dense and (self.num_experts, self.num_experts_per_token) != (1, 1):
+            raise ConfigError(
+                "a dense model needs num_experts = num_experts_per_token = 1, "
+                f"not {self.num_experts} and {self.num_experts_per_token}"
+            )
         if self.num_experts_per_token > self.num_experts:
             raise ConfigError(
                 f"num_experts_per_token (k = {self.num_experts_per_token}) exceeds num_experts (E = {self.num_experts})"
             )
-        if self.dense and self.num_experts != 1:
-            raise ConfigError(f"a dense model has one expert, not num_experts = {self.num_experts}")
         if self.balance_form not in BALANCE_FORMS:
             raise ConfigError(f"balance_form must be one of {', '.join(BALANCE_FORMS)}, not {self.balance_form!r}")
 

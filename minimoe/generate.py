@@ -90,7 +90,11 @@ def _generate(
 def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
     """Raise a ValueError that names the setting which is out of range."""
     mixtral.check_count("max_new_tokens", max_new_tokens, 0)
-    if not (np.isfinite(temperature) and temperature >= 0):
+    if not _is_number(temperature) or not 0 <= temperature < np.inf:
         raise ValueError(f"temperature must be finite and at least 0, not {temperature!r}")
-    if not 0 < top_p <= 1:
+    if not _is_number(top_p) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], not {top_p!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

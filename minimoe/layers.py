@@ -12,23 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from jaxtyping import Bool, Float, Int
 
 from minimoe.backends import Backend
+from minimoe.cache import LayerCache
 from minimoe.config import ModelConfig
 from minimoe.ops import experts
 from minimoe.params import AttentionParams, FeedForwardParams, LayerParams
 from minimoe.shapes import Array
-
-
-@dataclass(frozen=True, eq=False)
-class LayerCache:
-    """One layer's rolling cache: k and v (B, R, K, C), changed in place."""
-
-    k: Float[Array, "B R K C"]
-    v: Float[Array, "B R K C"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +68,11 @@ class Routed:
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What a block keeps for its backward."""
+    """What a block keeps for its backward.
+
+    h, r, y are the stream, 1 / rms and the output of attention_norm; h2, r2, y2 those of ffn_norm (y2 after jitter);
+    q and k are rotated.
+    """
 
     h: Array
     r: Array
@@ -112,6 +108,10 @@ def forward(
     Parameters
     ----------
     x, residual : (N, D) the block reads x + residual
+    batch : what this call tells every block
+    cache : this layer's keys and values, which the new ones join
+    choice : what is imposed on the router
+    keep : whether a backward will follow
     jitter : draws the multiplicative noise of the router's and experts' input, in training
 
     Returns
@@ -201,14 +201,14 @@ def backward(
     batch: Batch,
     saved: Saved,
     dout: Float[Array, "N D"],
-    dh2: Float[Array, "N D"],
+    dresidual: Float[Array, "N D"],
     dlogits: Float[Array, "N E"] | None,
 ) -> tuple[Float[Array, "N D"], LayerParams]:
     """Invert `forward` (without a cache).
 
     Parameters
     ----------
-    dout, dh2 : (N, D) gradients of the two arrays handed on
+    dout, dresidual : (N, D) gradients of the two arrays handed on
     dlogits : (N, E) gradient of the router logits from the balance loss
 
     Returns
@@ -229,7 +229,7 @@ def backward(
     if s.jitter is not None:
         dy2 = dy2 * s.jitter
     # forward: y2, h2 = RMSNorm(attended + h)
-    dh2, dffn_norm = ops.rmsnorm.backward(dy2, s.h2, layer.ffn_norm, s.r2, dh2)
+    dh2, dffn_norm = ops.rmsnorm.backward(dy2, s.h2, layer.ffn_norm, s.r2, dresidual)
     # forward: attended = context · woᵀ
     dcontext, (dwo,) = ops.linear.backward([dh2], s.context.reshape(N, -1), [a.wo])
     # forward: context = Attention(q, k, v)
@@ -248,8 +248,3 @@ def backward(
         dattention_norm, AttentionParams(dwq, dwk, dwv, dwo), dffn_norm, FeedForwardParams(dgate, dw1, dw2, dw3)
     )
     return dh, grads
-
-
-def storage_dtype(layer: LayerParams) -> Any:
-    """The type in which this layer's keys and values are kept: that of its wk."""
-    return layer.attention.wk.dtype

@@ -22,10 +22,10 @@ from numba.extending import intrinsic, overload
 from minimoe.arrays import is_bfloat16
 from minimoe.shapes import Array
 
-# Threads of GNU OpenMP spin for milliseconds after a parallel loop, in case another follows, and so take a core from the
-# BLAS threads of the next matrix product, or from another process. Asleep they cost 7 µs more per loop when the machine
-# is idle; when it is busy the same loop takes 8 µs instead of a scheduler's slice of 17 ms. libgomp reads this when the
-# first parallel loop is compiled; what the user has set stays, and so does Numba's choice of layer (tbb, omp, workqueue).
+# Threads of GNU OpenMP spin for milliseconds after a parallel loop, in case another follows, and so take a core from
+# the BLAS threads of the next matrix product, or from another process. Asleep they cost 7 µs more per loop when the
+# machine is idle; when it is busy the same loop takes 8 µs instead of a scheduler's slice of 17 ms. libgomp reads this
+# when the first parallel loop is compiled. What the user has set stays, and so does Numba's order of layers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What a reduction needs to vectorise; NaN and Inf keep their meaning (no nnan, no ninf).

@@ -201,8 +201,10 @@ def load(path: str | Path = "tiny", *, backend: str = "auto", dtype: Any = None)
     ------
     CheckpointError
         If the folder is not a whole and valid checkpoint.
-    BackendError
-        If there is no such backend here.
+    BackendError, ConfigError
+        If there is no such backend here, or no such dtype.
+    TokenizerError
+        If tokenizer.model is not a SentencePiece model.
     """
     ops = make_backend(backend)
     folder = BUNDLED / path if isinstance(path, str) and path == "tiny" else Path(path)

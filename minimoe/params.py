@@ -183,15 +183,16 @@ def stack_experts(params: Params) -> Params:
 def random(config: ModelConfig, seed: int, dtype: Any = np.float32) -> Params:
     """Draw fresh weights; every tensor has a stream of its own, so its values do not depend on the others.
 
-    Embeddings have unit variance, matrices 1 / fan-in; those that write to the residual stream (wo, w2) are divided
-    by sqrt(2 L), so that the stream's variance stays of order one whatever the depth. Norms start at one.
+    Embeddings have unit variance, matrices 1 / fan-in (so do tied embeddings: they make the logits). Those that write
+    to the residual stream (wo, w2) are divided by sqrt(2 L), so that its variance stays of order one whatever the depth.
+    Norms start at one.
     """
 
     def draw(name: str, shape: tuple[int, ...]) -> Array:
         if len(shape) == 1:
             return np.ones(shape, dtype)
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        scale = 1.0 if name == "tok_embeddings" else shape[1] ** -0.5
+        scale = 1.0 if name == "tok_embeddings" and not config.tie_embeddings else shape[1] ** -0.5
         if name.endswith((".wo", ".w2")):
             scale *= (2 * config.num_layers) ** -0.5
         values = rng.standard_normal(shape, np.float32)

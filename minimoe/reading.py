@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,28 +72,6 @@ class Reading:
     def in_windows(self) -> bool:
         """Whether the text, with its BOS token, was longer than the window."""
         return len(self.tokens) + 1 > self.window
-
-
-def load_text(path: str | Path) -> str:
-    """Read a text file.
-
-    Raises
-    ------
-    TextError
-        If it is empty or not UTF-8 text.
-    OSError
-        If it cannot be read.
-    """
-    data = Path(path).read_bytes()
-    if not data:
-        raise TextError(f"{path}: the file is empty")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})") from None
-    if "\0" in text:
-        raise TextError(f"{path}: not a text file (a zero byte at offset {data.index(0)})")
-    return text
 
 
 def read(

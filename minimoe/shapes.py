@@ -1,6 +1,6 @@
 """The letters, and the small types that several floors share.
 
-Every signature, comment and docstring of minimoe uses these letters and no others:
+Every signature, comment and docstring of minimoe uses these letters:
 
 ======  =====================================================================
 letter  meaning
@@ -17,10 +17,13 @@ F       hidden width of one expert
 E       experts
 k       experts chosen per token
 N       tokens of this call, B * T
+M       routed (token, slot) pairs, N * k without padding
 V       vocabulary
 L       layers
 W       attention window in keys, the query itself included; None = unbounded
 R       slots of a rolling key/value cache
+c       pairs that RoPE rotates, C / 2
+I, O    inputs and outputs of a linear map
 ======  =====================================================================
 """
 
@@ -44,7 +47,7 @@ class Routing:
     ids : (L, N, k) int
         Chosen experts, first choice in slot 0; -1 where the token was not routed (padding).
     weights : (L, N, k) float or None
-        Gate weights; a row sums to 1. None when only the choice is given (to force it).
+        Gate weights; a row sums to 1, and is 0 where ids are -1. None when only the choice is given (to force it).
     logits : (L, N, E) float or None
         Router logits, in float32 or better.
     """
@@ -54,20 +57,25 @@ class Routing:
     logits: Array | None = None
 
     def __post_init__(self) -> None:
-        ids = np.asarray(self.ids) if isinstance(self.ids, list | tuple) else self.ids
-        object.__setattr__(self, "ids", ids)
-        if ids.ndim != 3:
-            raise ValueError(f"routing ids must have shape (L, N, k), not {ids.shape}")
-        if self.weights is not None and self.weights.shape != ids.shape:
-            raise ValueError(f"routing weights {self.weights.shape} must have the shape of ids, {ids.shape}")
+        for name in ("ids", "weights", "logits"):
+            if isinstance(getattr(self, name), list | tuple):
+                object.__setattr__(self, name, np.asarray(getattr(self, name)))
+        if self.ids.ndim != 3:
+            raise ValueError(f"routing ids must have shape (L, N, k), not {self.ids.shape}")
+        if self.weights is not None and self.weights.shape != self.ids.shape:
+            raise ValueError(f"routing weights {self.weights.shape} must have the shape of ids, {self.ids.shape}")
+        if self.logits is not None and (self.logits.ndim != 3 or self.logits.shape[:2] != self.ids.shape[:2]):
+            raise ValueError(f"routing logits {self.logits.shape} must be (L, N, E) beside ids of {self.ids.shape}")
 
     @property
     def margins(self) -> Array:
-        """(L, N) distance in logits between the last expert chosen and the best one that was not."""
+        """(L, N) distance in logits between the last expert chosen and the best one that was not.
+
+        For a free choice: neither forced nor with experts disabled. Infinite where k = E, NaN where ids are -1.
+        """
         if self.logits is None:
             raise ValueError("margins need the router logits, which this Routing does not carry")
         k, E = self.ids.shape[-1], self.logits.shape[-1]
-        if k == E:
-            return np.full(self.ids.shape[:2], np.inf)
         ordered = -np.sort(-self.logits, axis=-1)
-        return ordered[..., k - 1] - ordered[..., k]
+        margins = np.full(self.ids.shape[:2], np.inf) if k == E else ordered[..., k - 1] - ordered[..., k]
+        return np.where(self.ids[..., 0] >= 0, margins, np.nan)

@@ -40,6 +40,11 @@ class Call:
 class Trace(Mapping[str, Array]):
     """Named intermediates, in execution order; `trace["layers.0.gating.logits"]`.
 
+    Inner arrays of an op are the reference's: in bfloat16 they are shown before they are rounded as operands. Names per
+    layer and shapes: attention.q (N, H·C), attention.k and v (N, K·C), q_rotated (N, H, C), k_rotated (N, K, C), scores
+    and probs (B, H, T, S), context (N, H·C), gating.logits (N, E), gating.ids and weights (N, k), experts.hidden
+    (N, k, F), experts.slots (N, k, D), everything else (N, D); logits (B, T, V).
+
     Attributes
     ----------
     arrays : {name: array}, on the host
@@ -65,13 +70,21 @@ class Trace(Mapping[str, Array]):
     def __len__(self) -> int:
         return len(self.arrays)
 
+    def __repr__(self) -> str:
+        return f"Trace of tokens {self.tokens.shape}: {len(self)} arrays, {', '.join(list(self)[:3])}, …"
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # a mapping's own would compare arrays
+
 
 class Recorder:
     """A list of calls, and the backend wrapper that fills it. Weights do not change: they are kept, not copied."""
 
     def __init__(self, params: Params) -> None:
         self.calls: list[Call] = []
-        self._weights = {id(leaf): leaf for _, leaf in leaves(params)}  # held, or their ids could be given to others
+        # Held, or their ids could be given to others; a dense model's experts are handed on as a stack of one.
+        held = [leaf for _, leaf in leaves(params)]
+        held += [w for p in params.layers for w in (p.feed_forward.w1, p.feed_forward.w2, p.feed_forward.w3)]
+        self._weights = {id(leaf): leaf for leaf in held}
 
     def wrap(self, ops: Backend) -> Backend:
         """Return `ops` with every function of every room recorded."""
@@ -181,6 +194,11 @@ def _names(config: ModelConfig, call: Call, prefix: str) -> dict[str, Array]:
     if call.room == "gating":
         return {f"{prefix}.{name}": a for name, a in zip(("logits", "ids", "weights"), out, strict=True)}
     if call.room == "experts":
-        inner = experts.explain(*(given[name] for name in ("x", "w1", "w2", "w3", "ids", "weights")))
+        w1, w2, w3 = (_on_host(given[name]) for name in ("w1", "w2", "w3"))
+        inner = experts.explain(given["x"], w1, w2, w3, given["ids"], given["weights"])
         return {f"{prefix}.{n}": a for n, a in inner.items()} | {f"{prefix}.out": out[0]}
     return {prefix: out} if prefix != "rope" else {}
+
+
+def _on_host(weights: Any) -> Any:
+    return [to_host(w) for w in weights] if isinstance(weights, list) else to_host(weights)

@@ -86,7 +86,7 @@ def test_a_config_cannot_be_changed_but_replaced():
         ({"num_kv_heads": 3}, r"num_heads \(H = 4\) must be a multiple of num_kv_heads \(K = 3\)"),
         ({"num_kv_heads": 8}, r"num_heads \(H = 4\) must be a multiple of num_kv_heads \(K = 8\)"),
         ({"head_dim": 3}, r"head_dim \(C = 3\) must be even"),
-        ({"dense": True}, "a dense model has one expert, not num_experts = 3"),
+        ({"dense": True}, "a dense model needs num_experts = num_experts_per_token = 1, not 3 and"),
         ({"balance_form": "sum"}, "balance_form must be one of per_layer, concatenated, switch, not 'sum'"),
         ({"norm_eps": float("nan")}, "norm_eps must be a finite number of at least 0, not nan"),
         ({"norm_eps": float("inf")}, "norm_eps must be a finite number of at least 0, not inf"),

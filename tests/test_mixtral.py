@@ -1,6 +1,8 @@
 """The decoder: gradients against finite differences, and what it refuses. Its laws stand in test_laws.py."""
 
 import copy
+import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from minimoe import mixtral
 from minimoe.backends import make_backend
 from minimoe.config import ModelConfig
-from minimoe.mixtral import CacheFullError, TokenError
+from minimoe.mixtral import CacheError, CacheFullError, TokenError
 from minimoe.params import leaves, named, random, shapes, stack_experts
 from minimoe.shapes import Routing
 from tests.draws import draw_params, draw_tokens, forward, regroup
@@ -73,7 +75,7 @@ def test_gradients_are_the_slopes_of_the_loss(changes, side, ops):
     def loss(*arrays):
         return run(regroup(config, dict(zip(names, arrays, strict=True))))[0].total
 
-    assert_slopes(loss, list(arrays), list(found.values()), step=2e-4)
+    assert_slopes(loss, list(arrays), list(found.values()), step=1e-4)
 
 
 def test_gradients_have_the_names_and_shapes_of_the_parameters(ops):
@@ -258,7 +260,7 @@ REFUSED = [
         "position 8 does not fit the cache: it was made for max_length = 8 tokens",
     ),
     ({"tokens": [[1]], "positions": [[8]]}, CacheFullError, "position 8 does not fit the cache"),
-    ({"tokens": [[1], [2]]}, TokenError, "the cache holds 1 sequences, tokens have 2"),
+    ({"tokens": [[1], [2]]}, CacheError, "the cache holds 1 sequences, tokens have 2"),
     ({"tokens": [[-1]]}, TokenError, "token id -1"),
     ({"tokens": [[1, 2]], "positions": [[7, 6]]}, TokenError, "must rise strictly"),
     ({"tokens": [[1]], "routing": Routing(np.zeros((2, 1, 1), int))}, ValueError, "routing ids must have shape"),
@@ -402,3 +404,63 @@ def test_errors_are_value_errors_of_one_line():
         with pytest.raises(ValueError) as caught:  # noqa: PT011
             mixtral.check_inputs(tokens, 13)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 3}, {"num_layers": 3}, {"num_layers": 1}, {"num_kv_heads": 1}])
+def test_a_cache_of_another_model_is_refused(change):
+    ops, other = make_backend("numpy"), CONFIG.replace(**change)
+    cache = mixtral.new_cache(ops, other, random(other, 0), 1, 8)
+    with pytest.raises(CacheError, match="this cache was made for another model"):
+        forward(ops, CONFIG, random(CONFIG, 0), [[1, 2]], cache=cache)
+
+
+def test_a_step_that_fails_half_way_leaves_the_positions_as_they_were():
+    """Ctrl-C in a notebook: what is written of the keys is overwritten by the next try."""
+    ops, params = make_backend("numpy"), random(CONFIG, 0)
+    cache = mixtral.new_cache(ops, CONFIG, params, 1, 8)
+    forward(ops, CONFIG, params, [[1, 2]], cache=cache)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    broken = dataclasses.replace(ops, gating=SimpleNamespace(**{**vars(ops.gating), "forward": interrupted}))
+    with pytest.raises(KeyboardInterrupt):
+        forward(broken, CONFIG, params, [[3]], cache=cache)
+    assert cache.positions[0, :4].tolist() == [0, 1, -1, -1]
+    again, _ = forward(ops, CONFIG, params, [[4, 5]], cache=cache)
+    whole, _ = forward(ops, CONFIG, params, [[1, 2, 4, 5]])
+    np.testing.assert_allclose(again, whole[:, 2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("disabled", [(0, 3), [(0.5, 3)], [(0, 1, 2)], ["ab"]])
+def test_disabled_experts_that_are_no_pairs_are_named(disabled):
+    with pytest.raises(ValueError, match="disabled_experts must be \\(layer, expert\\) pairs"):
+        mixtral.choices(make_backend("numpy"), CONFIG, 1, None, disabled)
+
+
+def test_routing_must_be_a_routing_with_finite_weights():
+    ops, ids = (
+        make_backend("numpy"),
+        np.zeros((2, 1, CONFIG.num_experts_per_token), int) + np.arange(CONFIG.num_experts_per_token),
+    )
+    with pytest.raises(ValueError, match=r"routing must be a minimoe\.Routing"):
+        mixtral.choices(ops, CONFIG, 1, ids, ())
+    with pytest.raises(ValueError, match="routing weights must be finite"):
+        mixtral.choices(ops, CONFIG, 1, Routing(ids, np.full(ids.shape, np.nan)), ())
+    with pytest.raises(ValueError, match="must have the shape of ids"):
+        Routing(ids, [[[0.5]]])
+    with pytest.raises(ValueError, match=r"must be \(L, N, E\)"):
+        Routing(ids, logits=np.zeros((2, 2, 4)))
+
+
+def test_margins_are_those_of_routed_tokens():
+    logits = np.array([[[3.0, 1.0, 2.5], [0.0, 0.0, 9.0]]])
+    margins = Routing([[[0, 2], [-1, -1]]], logits=logits).margins
+    assert margins[0, 0] == 1.5 and np.isnan(margins[0, 1])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_fresh_logits_are_of_order_one(tied):
+    config = CONFIG.replace(hidden_size=64, vocab_size=200, tie_embeddings=tied)
+    logits, _ = forward(make_backend("numpy"), config, random(config, 0), np.arange(100)[None])
+    assert 0.5 < logits.std() < 2

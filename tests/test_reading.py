@@ -7,6 +7,7 @@ import pytest
 
 from minimoe import params, reading
 from minimoe.backends import make_backend
+from minimoe.cli.common import load_text
 from minimoe.model import Model
 from minimoe.tokenizer import Tokenizer
 from tests.small import DENSE, SPARSE, TOKENIZER
@@ -107,5 +108,5 @@ def test_files_that_hold_no_text_are_named(tmp_path, data, message):
     path = tmp_path / "file.txt"
     path.write_bytes(data)
     with pytest.raises(reading.TextError, match=message) as caught:
-        reading.load_text(path)
+        load_text(path)
     assert str(path) in str(caught.value)

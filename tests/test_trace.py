@@ -137,7 +137,7 @@ def test_what_is_recorded_are_copies(ops):
         for array in arrays([*call.inputs.values(), call.output]):
             assert id(array) not in mine and (id(array) in held or array.flags.owndata)
     writes = [call for call in recorder.calls if call.function == "write_positions"]
-    assert [call.inputs["cache_positions"].max() for call in writes] == [-1, 1]
+    assert [call.inputs["cache_positions"].max() for call in writes] == [-1, 1, 1]  # one for the step, one to keep
 
 
 def test_the_weights_that_are_known_by_address_stay_alive(monkeypatch):
@@ -161,3 +161,11 @@ def test_a_bfloat16_model_is_traced_in_float32(ops):
     found = record(ops, config, weights, [[1, 2, 3]])
     for name, value in found.items():
         assert value.dtype == (np.int64 if name.endswith("gating.ids") else np.float32), name
+
+
+def test_a_trace_shows_itself_in_one_line_and_compares_by_identity():
+    _, config, weights = draw(0)
+    inputs = mixtral.check_inputs([[1, 2, 3]], config.vocab_size)
+    first, second = (trace.record(make_backend("numpy"), config, weights, inputs) for _ in range(2))
+    assert len(repr(first)) < 200 and "arrays" in repr(first)
+    assert first == first and first != second and len({first, second}) == 2

@@ -147,4 +147,6 @@ def read_whole(path: str | Path, read: Callable[[Folder], _T]) -> _T:
             except CheckpointError:
                 if not folder.replaced():
                     raise
+            except OSError as error:  # no right to list it, a failing disk, too many mappings
+                raise MissingFileError(f"{path}: cannot be read: {error.strerror}") from error
     raise CheckpointError(f"{path}: is replaced by other saves faster than it can be read")

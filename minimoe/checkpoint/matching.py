@@ -67,7 +67,7 @@ def check_tied_head(config: ModelConfig, shards: Shards, arrays: dict[str, Array
     info = shards.tensors.get(hf_name("output"))
     if config.tie_embeddings and info is not None:
         head = map_tensors(shards.files[info.file], [info], where)[info.name]
-        if not all(np.array_equal(a, b) for a, b in zip(head, arrays["tok_embeddings"], strict=True)):
+        if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(head, arrays["tok_embeddings"], strict=True)):
             raise TensorMismatchError(
                 f"{where} (tie_word_embeddings is true, but the two tensors differ)", Differences(extra=[info.name])
             )

@@ -11,8 +11,8 @@ import numpy as np
 from minimoe.checkpoint.errors import shown
 from minimoe.checkpoint.folder import Folder, read_whole
 from minimoe.checkpoint.header import TensorInfo
-from minimoe.checkpoint.matching import match
-from minimoe.checkpoint.reading import config_of
+from minimoe.checkpoint.matching import check_tied_head, match
+from minimoe.checkpoint.reading import config_of, map_shards
 from minimoe.checkpoint.shards import open_shards
 from minimoe.checkpoint.tensors import read_elements
 from minimoe.shapes import Array
@@ -65,17 +65,19 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] = lambda don
 
     def read(opened: Folder) -> list[Problem]:
         with open_shards(opened) as shards:
-            match(config_of(opened), shards, str(opened.path))
+            config, where = config_of(opened), str(opened.path)
+            placed = match(config, shards, where)
+            check_tied_head(config, shards, map_shards(shards, placed, where), where)
             problems: list[Problem] = []
             done = 0
             for info in shards.tensors.values():
-                where = []
+                found = []
                 for start in range(0, info.size, _CHUNK):
                     chunk = read_elements(shards.files[info.file], info, start, min(_CHUNK, info.size - start))
-                    where.append(_not_finite(chunk, start))
+                    found.append(_not_finite(chunk, start))
                     done += chunk.nbytes
                     progress(done, shards.nbytes)
-                problems += _problem(info, where)
+                problems += _problem(info, found)
             return problems
 
     return read_whole(folder, read)
@@ -90,9 +92,9 @@ def _not_finite(chunk: Array, start: int) -> tuple[int, int, int | None]:
     return nans, int((~finite).sum()) - nans, start + int(finite.argmin())
 
 
-def _problem(info: TensorInfo, where: list[tuple[int, int, int | None]]) -> list[Problem]:
-    nans, infinities = sum(n for n, _, _ in where), sum(n for _, n, _ in where)
-    first = next((place for *_, place in where if place is not None), None)
+def _problem(info: TensorInfo, found: list[tuple[int, int, int | None]]) -> list[Problem]:
+    nans, infinities = sum(n for n, _, _ in found), sum(n for _, n, _ in found)
+    first = next((place for *_, place in found if place is not None), None)
     if first is None:
         return []
     index = tuple(int(i) for i in np.unravel_index(first, info.shape))

@@ -9,16 +9,13 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from minimoe.model import Model, load
-from minimoe.reading import WINDOW, Reading, TextError, count_windows, load_text, read
+from minimoe.reading import WINDOW, Reading, TextError, count_windows, read
 from minimoe.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from minimoe.plots.page import Page
 
 FIGURE_TYPES = (".png", ".pdf", ".svg")
 
@@ -93,6 +90,28 @@ def load_files(paths: Sequence[str]) -> dict[str, str]:
     return {name: load_text(path) for name, path in zip(names, paths, strict=True)}
 
 
+def load_text(path: str | Path) -> str:
+    """Read a text file.
+
+    Raises
+    ------
+    TextError
+        If it is empty or not UTF-8 text.
+    OSError
+        If it cannot be read.
+    """
+    data = Path(path).read_bytes()
+    if not data:
+        raise TextError(f"{path}: the file is empty")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: not UTF-8 text (byte 0x{data[error.start]:02x} at offset {error.start})") from None
+    if "\0" in text:
+        raise TextError(f"{path}: not a text file (a zero byte at offset {data.index(0)})")
+    return text
+
+
 def windows_line(readings: Iterable[Reading]) -> str | None:
     """Say which texts were read in windows; None where none was."""
     cut = [reading for reading in readings if reading.in_windows]
@@ -142,11 +161,6 @@ def check_writable(path: Path, kinds: Sequence[str] = ()) -> None:
         raise ValueError(f"{path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{path}: cannot be written: permission denied")
-
-
-def save_figure(page: Page, path: Path) -> None:
-    """Write a figure."""
-    page.savefig(path)
 
 
 def note(text: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,10 @@ from minimoe.arrays import to_host
 from minimoe.cli.common import add_backend, add_json, check_writable, load_model, print_json, tokenizer_of
 from minimoe.display import capability, legend, text_pieces, tokens_by_expert
 from minimoe.model import BUNDLED, Model
-from minimoe.reading import Reading, read
-from minimoe.routing_statistics import shares
 from minimoe.shapes import Array
 
 FIGURE = "minimoe_demo.png"
 TEMPERATURE, TOP_P = 0.7, 0.9
-SHOWN = "python"  # the text of the figure's lower half
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         _print_continuations(model, continued)
     compared = golden_tiny.compare(model.ops, model.config, model.params, BUNDLED / "tiny")
-    draw(model, read_domains(model), path)
+    _draw(model, path)
     if args.json:
-        told = {domain: {"prompt": texts.prompts()[domain], "text": text} for domain, (text, *_) in continued.items()}
+        told = {name: {"prompt": texts.prompts()[name], "text": one.text} for name, one in continued.items()}
         golden = {"error": compared.error, "bound": compared.bound, "error_over_bound": compared.ratio,
                   "same_choices": compared.same_choices, "choices": compared.choices}  # fmt: skip
         print_json({"backend": model.ops.name, "continuations": told, "golden": golden, "figure": str(path)})
@@ -56,27 +55,27 @@ def run(args: argparse.Namespace) -> int:
     return 0 if compared.ratio <= 1 else 1
 
 
-def continuations(model: Model, max_new_tokens: int, seed: int) -> dict[str, tuple[str, list[int], int, Array]]:
-    """Continue the prompt of every domain, all in one batch.
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """A prompt and how it went on: the ids of both, BOS first, of which so many are the prompt's; experts (L, n, k)."""
 
-    Returns
-    -------
-    {domain: (new text, ids of prompt and new text, how many are the prompt's, experts (L, n, k) of all of them)}
-    """
+    text: str
+    tokens: list[int]
+    prompt_length: int
+    ids: Array
+
+
+def continuations(model: Model, max_new_tokens: int, seed: int) -> dict[str, Continuation]:
+    """Continue the prompt of every domain, all in one batch."""
     tokenizer = tokenizer_of(model, "tiny")
     prompts = [tokenizer.encode(prompt) for prompt in texts.prompts().values()]
     tokens, mask = _padded(prompts, left=True)
     new = model.generate_ids(tokens, max_new_tokens, TEMPERATURE, TOP_P, seed, mask=mask)
-    eos = tokenizer.eos_id
-    rows = [
-        [*prompt, *row[: row.tolist().index(eos) if eos in row else None].tolist()]
-        for prompt, row in zip(prompts, new, strict=True)
-    ]
-    ids = _experts(model, rows)
-    return {
-        domain: (tokenizer.decode(row[len(prompt) :], continuing=True), row, len(prompt), ids[i])
-        for i, (domain, prompt, row) in enumerate(zip(texts.names(), prompts, rows, strict=True))
-    }
+    added = [list(takewhile(lambda token: token != tokenizer.eos_id, row.tolist())) for row in new]
+    rows = [prompt + more for prompt, more in zip(prompts, added, strict=True)]
+    shown = (tokenizer.decode(more, continuing=True) for more in added)
+    found = zip(shown, rows, map(len, prompts), _experts(model, rows), strict=True)
+    return {name: Continuation(*parts) for name, parts in zip(texts.names(), found, strict=True)}
 
 
 def _padded(rows: list[list[int]], left: bool) -> tuple[Array, Array]:
@@ -99,37 +98,23 @@ def _experts(model: Model, rows: list[list[int]]) -> list[Array]:
     return [ids[:, b, : len(row)] for b, row in enumerate(rows)]
 
 
-def read_domains(model: Model) -> list[Reading]:
-    """Let the model read the shipped text of every domain."""
-    tokenizer = tokenizer_of(model, "tiny")
-    return [
-        read(model.ops, model.config, model.params, tokenizer, text, name=name) for name, text in texts.load().items()
-    ]
+def _draw(model: Model, path: Path) -> None:
+    from minimoe.plots.readme import routing_figure  # matplotlib takes half a second: text comes first
+
+    routing_figure(model).savefig(path)
 
 
-def draw(model: Model, readings: list[Reading], path: Path) -> None:
-    """Save the routing figure."""
-    from minimoe import plots  # takes half a second
-
-    share = np.array([shares(r.ids, model.config.num_experts) for r in readings])
-    shown = next(reading for reading in readings if reading.name == SHOWN)
-    assert shown.ids is not None
-    pieces = text_pieces(tokenizer_of(model, "tiny"), shown.tokens)
-    names = [reading.name for reading in readings]
-    plots.routing_overview(share, names, pieces, shown.ids, text_name=SHOWN).savefig(path)
-
-
-def _print_continuations(model: Model, continued: dict[str, tuple[str, list[int], int, Array]]) -> None:
+def _print_continuations(model: Model, continued: dict[str, Continuation]) -> None:
     how, layer = capability(sys.stdout), model.config.num_layers // 2
     bar = "‖" if how != "ascii" else "||"
     print(f"Six prompts, continued from {bar} on. Each token shows its first-choice expert in layer {layer}:")
     print(legend(model.config.num_experts, how))
     tokenizer = tokenizer_of(model, "tiny")
-    for domain, (_, tokens, prompt, ids) in continued.items():
-        pieces, first = text_pieces(tokenizer, tokens[1:]), ids[layer, 1:, 0].tolist()  # without BOS
-        before = tokens_by_expert(pieces[: prompt - 1], first[: prompt - 1], how)
-        after = tokens_by_expert(pieces[prompt - 1 :], first[prompt - 1 :], how)
-        print(f"\n{domain}\n{before}{bar}{after}")
+    for domain, one in continued.items():
+        pieces, first = text_pieces(tokenizer, one.tokens[1:]), one.ids[layer, 1:, 0].tolist()  # without BOS
+        cut = one.prompt_length - 1
+        halves = (tokens_by_expert(pieces[part], first[part], how) for part in (slice(cut), slice(cut, None)))
+        print(f"\n{domain}\n{bar.join(halves)}")
 
 
 def _print_golden(compared: golden_tiny.Comparison) -> None:

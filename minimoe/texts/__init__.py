@@ -9,7 +9,7 @@ _PROMPTS = {
     "c": "#include <stddef.h>\n\nint sum(const int *values, size_t count)\n{\n    int total = 0;\n    for (size_t",
     "english": "The function returns a new array with the same shape as the input. If the input is empty, it",
     "arithmetic": "add 4827 + 396\n7 + 6 + 0 = 13: write 3, carry 1\n2 + 9 + 1 =",
-    "json": '{\n  "sensor": "T-118",\n  "place": "Bergen",\n  "readings": [\n    {\n      "sensor": "T-118",\n',
+    "json": '{\n  "sensor": "T-118",\n  "place": "Bergen",\n  "readings": [\n    {\n      "sensor": "T-118",',
     "html": '<!DOCTYPE html>\n<html lang="en">\n<head>\n<title>Small pump</title>\n</head>\n<body>\n<h1>Small',
 }
 

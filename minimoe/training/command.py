@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minimoe import checkpoint
-from minimoe.arrays import BFLOAT16
+from minimoe.arrays import BFLOAT16, to_host
 from minimoe.backends import Backend, make_backend
 from minimoe.config import PRESETS, ModelConfig, preset
 from minimoe.params import leaves, map_leaves
@@ -72,13 +72,14 @@ def run(args: argparse.Namespace) -> int:
     config = preset(args.preset).replace(
         vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
     )
-    if train.mixture is not None and set(train.mixture) != set(streams):
-        raise ValueError(f"--mixture must name the domains {', '.join(streams)}, not {', '.join(train.mixture)}")
+    batch(streams, train, 1)  # domains that are too short, or missing from the mixture, are named before the run starts
     _check_same_run(args.out / "run.json", {"preset": args.preset, "train": as_dict(train), "backend": ops.name})
-    state = load_state(args.out / "state", config, train) if started else new_state(config, train)
+    state = new_state(ops, config, train)
+    if started:
+        load_state(args.out / "state", ops, state)
     finished = _loop(ops, config, train, state, streams, args)
     if finished:
-        stored = map_leaves(state.params, lambda w: w.astype(BFLOAT16))
+        stored = map_leaves(state.params, lambda w: to_host(w).astype(BFLOAT16))
         checkpoint.save(args.out / "model", config, stored, tokenizer_file=tokenizer.path)
         print(f"wrote {args.out / 'model'}")
     else:
@@ -145,7 +146,7 @@ class _Interrupt:
 def save_state(folder: Path, state: TrainState) -> None:
     """Write the state of a run, atomically: the old one stays whole until the new one is."""
     trees = {"params": state.params, "m": state.m, "v": state.v}
-    tensors = {f"{key}.{name}": leaf for key, tree in trees.items() for name, leaf in leaves(tree)}
+    tensors = {f"{key}.{name}": to_host(leaf) for key, tree in trees.items() for name, leaf in leaves(tree)}
 
     def write(new: Path) -> None:
         checkpoint.save_tensors(new / "state.safetensors", tensors | {"step": np.array([state.step], np.int64)})
@@ -153,15 +154,13 @@ def save_state(folder: Path, state: TrainState) -> None:
     checkpoint.write_folder_atomically(folder, write)
 
 
-def load_state(folder: Path, config: ModelConfig, train: TrainConfig) -> TrainState:
-    """Read what `save_state` wrote."""
+def load_state(folder: Path, ops: Backend, state: TrainState) -> None:
+    """Read what `save_state` wrote into a state of the same sizes."""
     tensors = checkpoint.load_tensors(folder / "state.safetensors")
-    state = new_state(config, train)
     for key, tree in {"params": state.params, "m": state.m, "v": state.v}.items():
         for name, leaf in leaves(tree):
-            leaf[...] = tensors[f"{key}.{name}"]
+            leaf[...] = ops.asarray(tensors[f"{key}.{name}"])
     state.step = int(tensors["step"][0])
-    return state
 
 
 def _prepare(args: argparse.Namespace) -> tuple[dict[str, Array], Tokenizer]:

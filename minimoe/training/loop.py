@@ -41,7 +41,12 @@ class TrainConfig:
         Largest global norm of the gradient.
     weight_decay : float
         On matrices; norms are not decayed.
-    mixture : share of sequences per domain; None draws every domain equally often.
+    beta1, beta2, eps : float
+        Of AdamW.
+    seed : int
+        Of the weights, the batches and router jitter.
+    mixture : dict or None
+        Share of sequences of every domain, by name; None draws every domain equally often.
     """
 
     steps: int
@@ -62,6 +67,12 @@ class TrainConfig:
         for name in ("steps", "batch_size", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("peak_lr", "clip", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {getattr(self, name)}")
+        for name in ("final_lr_share", "weight_decay", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2 (a token and its target), not {self.sequence_length}")
 
@@ -103,16 +114,18 @@ class TrainState:
     step: int = 0
 
 
-def new_state(config: ModelConfig, train: TrainConfig) -> TrainState:
-    """Return fresh float32 parameters and zero moments."""
-    params = stack_experts(random(config, train.seed))
-    return TrainState(params, map_leaves(params, np.zeros_like), map_leaves(params, np.zeros_like))
+def new_state(ops: Backend, config: ModelConfig, train: TrainConfig) -> TrainState:
+    """Return fresh float32 parameters and zero moments, where the backend computes."""
+    params = map_leaves(stack_experts(random(config, train.seed)), ops.asarray)
+    return TrainState(params, map_leaves(params, ops.xp.zeros_like), map_leaves(params, ops.xp.zeros_like))
 
 
 def batch(streams: Mapping[str, Int[Array, " n"]], train: TrainConfig, step: int) -> Int[Array, "B T"]:
     """Draw the batch of one step: each row a random window of a random domain."""
     rng = np.random.default_rng([train.seed, step])
     names = sorted(streams)
+    if train.mixture is not None and sorted(train.mixture) != names:
+        raise ValueError(f"mixture must name the domains {', '.join(names)}, not {', '.join(train.mixture)}")
     shares = np.array([1.0 if train.mixture is None else train.mixture[name] for name in names])
     T = train.sequence_length
     rows = []
@@ -137,6 +150,8 @@ def train_step(
         raise FloatingPointError(f"the loss of step {step} is {losses.total}: lower peak_lr, or lengthen warmup")
     flat = [dict(leaves(tree)) for tree in (state.params, grads, state.m, state.v)]
     norm = math.sqrt(sum(ops.adamw.squared_norm(g) for g in flat[1].values()))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient of step {step} has norm {norm}: lower peak_lr, or lengthen warmup")
     lr = train.learning_rate(step)
     for name, w in flat[0].items():
         decay = train.weight_decay if w.ndim > 1 else 0.0

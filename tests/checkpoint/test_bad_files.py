@@ -99,6 +99,14 @@ def test_a_folder_that_is_not_readable(tmp_path: Path) -> None:
     refused(tmp_path / "a\0b", checkpoint.MissingFileError, "cannot be opened")
 
 
+def test_a_failing_disk_is_one_line_too(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("mmap.mmap", fail)
+    refused(single, checkpoint.MissingFileError, "cannot be read: Input/output error")
+
+
 # --- config.json -----------------------------------------------------------------------------------------------------
 
 
@@ -482,7 +490,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_files_give_typed_errors_only(fuzzed: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([SINGLE, "config.json"]))

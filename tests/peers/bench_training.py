@@ -52,7 +52,8 @@ def main() -> None:
     torch.set_num_threads(threads)
     config, train = PRESETS["tiny"], TrainConfig(steps=1000)
     streams = {"noise": np.random.default_rng(0).integers(3, config.vocab_size, 1_000_000)}
-    ops, state = make_backend(args.backend), new_state(config, train)
+    ops = make_backend(args.backend)
+    state = new_state(ops, config, train)
     model = torch_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.peak_lr, betas=(0.9, 0.95), weight_decay=0.1)
 

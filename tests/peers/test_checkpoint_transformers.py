@@ -175,7 +175,7 @@ def test_our_config_means_the_same_to_version_4_and_5(tmp_path: Path, config: Mo
 
 @pytest.mark.parametrize("family", DEFAULTS)
 def test_missing_keys_mean_what_transformers_takes_them_to_mean(family: str) -> None:
-    sizes = dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads"), 8)
+    sizes = dict.fromkeys(("intermediate_size", "num_hidden_layers", "num_attention_heads"), 16)
     sizes |= {"vocab_size": 64, "hidden_size": 32}
     sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
     filled = transformers.AutoConfig.for_model(family, **sizes).to_dict()

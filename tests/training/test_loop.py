@@ -58,7 +58,10 @@ def test_a_domain_shorter_than_a_sequence_is_named() -> None:
         batch({"short": np.arange(3)}, TrainConfig(steps=1, sequence_length=16), 1)
 
 
-@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("batch_size", 0), ("warmup", 0), ("sequence_length", 1)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("batch_size", 0), ("warmup", 0), ("sequence_length", 1), ("clip", -1.0), ("peak_lr", math.nan)],
+)
 def test_settings_out_of_range_are_named(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
         TrainConfig(**{"steps": 5, field: value})
@@ -68,7 +71,7 @@ def test_settings_out_of_range_are_named(field: str, value: int) -> None:
 def test_one_step_is_adamw_with_clipping_by_the_global_norm(clip: float) -> None:
     ops = make_backend("numpy")
     train = TrainConfig(steps=50, warmup=5, batch_size=3, sequence_length=12, clip=clip, weight_decay=0.3)
-    state = new_state(CONFIG, train)
+    state = new_state(make_backend("numpy"), CONFIG, train)
     before = {name: leaf.copy() for name, leaf in leaves(state.params)}
     tokens = batch(streams(), train, 1)
     _, grads, _ = mixtral.loss_and_grads(ops, CONFIG, state.params, mixtral.check_inputs(tokens, 40))
@@ -90,7 +93,8 @@ def test_one_step_is_adamw_with_clipping_by_the_global_norm(clip: float) -> None
 @pytest.mark.parametrize("backend", ["numpy", "numba"])
 def test_training_learns_what_is_there_to_learn(backend: str) -> None:
     train = TrainConfig(steps=60, warmup=5, batch_size=8, sequence_length=24, peak_lr=1e-2)
-    state, ops = new_state(CONFIG, train), make_backend(backend)
+    ops = make_backend(backend)
+    state = new_state(ops, CONFIG, train)
     losses = [train_step(ops, CONFIG, train, state, batch(streams(), train, s)).loss for s in range(1, 61)]
     assert losses[0] > 3.5
     assert np.mean(losses[-5:]) < 1.2  # the counting domain is certain, the other 3/4 so
@@ -98,11 +102,35 @@ def test_training_learns_what_is_there_to_learn(backend: str) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     train = TrainConfig(steps=5, batch_size=2, sequence_length=8)
-    state = new_state(CONFIG, train)
+    state = new_state(make_backend("numpy"), CONFIG, train)
     state.params.norm[0] = np.nan
     with pytest.raises(FloatingPointError, match="step 1"):
         train_step(make_backend("numpy"), CONFIG, train, state, batch(streams(), train, 1))
     assert state.step == 0
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, ops = TrainConfig(steps=5, batch_size=2, sequence_length=8), make_backend("numpy")
+    state = new_state(ops, CONFIG, train)
+    before = {name: leaf.copy() for name, leaf in leaves(state.params)}
+    whole = mixtral.loss_and_grads
+
+    def overflowing(*args, **kwargs):
+        losses, grads, routed = whole(*args, **kwargs)
+        grads.norm[0] = np.inf
+        return losses, grads, routed
+
+    monkeypatch.setattr(mixtral, "loss_and_grads", overflowing)
+    with pytest.raises(FloatingPointError, match="the gradient of step 1 has norm inf"):
+        train_step(ops, CONFIG, train, state, batch(streams(), train, 1))
+    for name, leaf in leaves(state.params):
+        np.testing.assert_array_equal(leaf, before[name])
+
+
+def test_a_mixture_names_every_domain() -> None:
+    train = TrainConfig(steps=1, batch_size=2, sequence_length=4, mixture={"up": 1.0})
+    with pytest.raises(ValueError, match="mixture must name the domains repeat, up, not up"):
+        batch(streams(), train, 1)
 
 
 @pytest.mark.parametrize("n", [2, 9, 16, 17, 24, 25, 61])

@@ -39,7 +39,8 @@ class Attention(Protocol):
         q : (B, T, H, C) rotated queries
         k, v : (B, S, K, C) rotated keys, and values; where they are bfloat16, q and the probabilities are rounded
             to it before their products
-        q_pos, k_pos : (B, T), (B, S) positions; -1 marks padding and empty slots
+        q_pos, k_pos : (B, T), (B, S) positions; -1 marks padding and empty slots. Keys may stand in any order, but no
+            position twice in a sequence
         window : W, or None
 
         Returns

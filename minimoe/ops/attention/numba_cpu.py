@@ -7,10 +7,10 @@ scores[s, lane] = Σ_c k[s, c] · q[c, lane]          probs[s, lane] = exp(score
 out[c, lane]    = Σ_s v[s, c] · probs[s, lane]
 
 Every step is then elementwise over lanes: maximum and sum of the softmax need no reduction inside a vector, k and v
-need no transposing, and sums run in one fixed order whatever the number of threads. All products, those of the backward
-too, are one small matrix product, `_add_product`. A block holds the scores of its own 64 queries only: memory grows with
-S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so causal
-attention costs half.
+need no transposing, and sums run in one fixed order whatever the number of threads. All products, those of the
+backward too, are one small matrix product, `_add_columns`. A block holds the scores of its own 64 queries only: memory
+grows with S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so
+causal attention costs half.
 
 One token (decode) would leave most lanes empty: `_forward_few` takes dot products along c instead and reads every key
 and value once for all heads of its group.
@@ -28,7 +28,7 @@ from minimoe.shapes import Array
 
 LANES = 64  # queries per block; four vectors of 512 bits in float32
 FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
-FEW_PRODUCTS = 100_000  # below, one core is done before others have woken up
+FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 UNBOUNDED = 1 << 62  # a window that sees everything
 FMA = FAST - {"reassoc"}  # elementwise loops need no other order of additions
 
@@ -104,7 +104,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, 
     qT = _load_lanes(q, b, kh, G, start, lanes, bf16)  # (C, lanes)
     rows = _load_rows(k, q.dtype, b, kh, first, last)  # (S', C)
     scores = np.zeros((rows.shape[0], LANES), q.dtype)
-    _add_product(scores, rows, qT)
+    _add_columns(scores, rows, qT, 0, LANES)
     top = np.full(LANES, -np.inf, q.dtype)
     _mask(scores, position, lanes, k_pos[b], first, last, window, q.dtype.type(scale))
     for s in range(scores.shape[0]):
@@ -132,7 +132,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, 
     # out = Σ_s probs · v; dividing C sums by the total is cheaper than dividing S probabilities
     rows = _load_rows(v, q.dtype, b, kh, first, last)
     outT = np.zeros(qT.shape, q.dtype)
-    _add_product(outT, rows.T, scores)
+    _add_columns(outT, rows.T, scores, 0, LANES)
     for lane in range(lanes):
         t, h = (start + lane) // G, kh * G + (start + lane) % G
         for c in range(C):
@@ -167,11 +167,11 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, d
             for c in range(C):
                 delta[lane] += dout[b, t, h, c] * out[b, t, h, c]
         first, last = _seen(position[:lanes], k_pos[b], window)
-        first, last = first // 4 * 4, (last + 3) // 4 * 4  # `_add_product` takes rows in fours
+        first, last = first // 4 * 4, (last + 3) // 4 * 4  # `_add_columns` takes rows in fours
         seen_keys, seen_values = keys[first:last], values[first:last]  # what lies behind S is zero
         # forward: probs = exp(scores - lse)
         probs = np.zeros((last - first, LANES), q.dtype)
-        _add_product(probs, seen_keys, _load_lanes(q, b, kh, G, start, lanes, bf16))
+        _add_columns(probs, seen_keys, _load_lanes(q, b, kh, G, start, lanes, bf16), 0, LANES)
         _mask(probs, position, lanes, k_pos[b], first, min(last, S), window, factor)
         for s in range(probs.shape[0]):
             row = probs[s]
@@ -180,7 +180,7 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, d
         # forward: out = probs · v, and v serves the G query heads of its group
         _add_product(dvalues[first:last], probs, _load_queries(dout, b, kh, G, start, lanes))
         dscores = np.zeros(probs.shape, q.dtype)
-        _add_product(dscores, seen_values, _load_lanes(dout, b, kh, G, start, lanes, False))  # dprobs so far
+        _add_columns(dscores, seen_values, _load_lanes(dout, b, kh, G, start, lanes, False), 0, LANES)  # now dprobs
         # forward: probs = softmax(scores);  Σ_s probs · dprobs = dout · out;  scores = q · kᵀ / sqrt(C)
         for s in range(probs.shape[0]):
             drow, row = dscores[s], probs[s]
@@ -188,7 +188,7 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, d
                 drow[lane] = row[lane] * (drow[lane] - delta[lane]) * factor
         _add_product(dkeys[first:last], dscores, _load_queries(q, b, kh, G, start, lanes))
         dqT = np.zeros((keys.shape[1], LANES), q.dtype)
-        _add_product(dqT, seen_keys.T, dscores)
+        _add_columns(dqT, seen_keys.T, dscores, 0, LANES)
         for lane in range(lanes):
             t, h = (start + lane) // G, kh * G + (start + lane) % G
             for c in range(C):
@@ -264,21 +264,12 @@ def _load_rows(x, dtype, b, kh, first, last):
     return local
 
 
-@jit(fastmath=FMA)
-def _add_product(out, a, b):
-    """out += a · b; rows and columns of `a` in fours, columns of `b` in 64 or 32."""
-    width = b.shape[1]
-    start = 0
-    while start + 64 <= width:
-        _add_strip(out, a, b, start, 64)
-        start += 64
-    if start < width:
-        _add_strip(out, a, b, start, 32)
-
-
 @jit(inline="always")
-def _add_strip(out, a, b, start, width):
-    """Columns start.. of out += a · b. Sixteen factors stay in registers while the vectors of four rows pass by."""
+def _add_columns(out, a, b, start, width):
+    """Columns start.. of out += a · b, where rows and columns of `a` come in fours.
+
+    Sixteen factors stay in registers while the vectors of four rows of `out` and of `b` pass by.
+    """
     stop = start + width
     for m in range(0, a.shape[0], 4):
         y0, y1, y2, y3 = out[m, start:stop], out[m + 1, start:stop], out[m + 2, start:stop], out[m + 3, start:stop]
@@ -294,6 +285,16 @@ def _add_strip(out, a, b, start, width):
                 y1[j] = y1[j] + a10 * x0 + a11 * x1 + a12 * x2 + a13 * x3
                 y2[j] = y2[j] + a20 * x0 + a21 * x1 + a22 * x2 + a23 * x3
                 y3[j] = y3[j] + a30 * x0 + a31 * x1 + a32 * x2 + a33 * x3
+
+
+@jit(inline="always")
+def _add_product(out, a, b):
+    """out += a · b for a `b` of 32, 64, 96, ... columns."""
+    wide = b.shape[1] // 64 * 64
+    for start in range(0, wide, 64):
+        _add_columns(out, a, b, start, 64)
+    if wide < b.shape[1]:
+        _add_columns(out, a, b, wide, 32)
 
 
 @jit(parallel=True)

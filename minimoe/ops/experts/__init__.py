@@ -4,8 +4,8 @@ expert_e(x) = w2_e · (silu(w1_e · x) ⊙ (w3_e · x))         silu(z) = z / (1
 out[n]      = Σ_slot weights[n, slot] · expert_{ids[n, slot]}(x[n])      slots in order 0..k-1
 
 Every (token, slot) pair is served, whatever the load (no capacity, nothing dropped): pairs are sorted by expert with a
-counting sort, each expert multiplies its contiguous segment, results go back to their slots. No atomics anywhere, so the
-result does not depend on scheduling.
+counting sort, each expert multiplies its contiguous segment, results go back to their slots. No atomics anywhere, so
+the result does not depend on scheduling.
 
 Sources: Jiang et al., Mixtral of Experts, arXiv 2401.04088, section 2.1; Shazeer, GLU Variants Improve Transformer,
 arXiv 2002.05202, equation 6; Gale et al., MegaBlocks, arXiv 2211.15841 (dropless dispatch).
@@ -30,7 +30,7 @@ class Saved:
     ----------
     pairs : (M,) which pair n·k + slot stands in each row
     offsets : (E + 1,) segment e is rows offsets[e] to offsets[e + 1]
-    gate_in, up : (M, F) w1_e · x and w3_e · x
+    gate_in, up : (M, F) w1_e · x, the input of SwiGLU's own gate (which is not the router's), and w3_e · x
     slots : (N, k, D) expert outputs, before weighting; zeros where not routed
     """
 

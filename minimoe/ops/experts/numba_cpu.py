@@ -22,7 +22,7 @@ from minimoe.ops.experts import Saved
 from minimoe.shapes import Array
 
 FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
-FEW_PRODUCTS = 100_000  # below, one core is done before others have woken up
+FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 
 
 def forward(
@@ -40,8 +40,11 @@ def forward(
     pairs, offsets, place = _dispatch(np.ascontiguousarray(ids), len(w1))
     out = np.empty((N, D), x.dtype)
     slots = np.empty((N, k, D) if keep else (0, k, D), x.dtype)
-    if N <= FEW_ROWS and _alike(x, w1, w2, w3):
-        gate_in, up, ys = _few(x, w1, w2, w3, pairs, offsets, k)
+    # Few tokens choose few experts; only of these are the weights touched.
+    chosen = [e for e, _ in _segments(offsets)] if N <= FEW_ROWS else []
+    views = [w[e] for w in (w1, w2, w3) for e in chosen]
+    if N <= FEW_ROWS and _alike(x, views):
+        gate_in, up, ys = _few(x, views, F, pairs, offsets, k)
     else:
         xs = np.empty((len(pairs), D), x.dtype)
         _gather(x, pairs, k, xs)  # (N, D) -> (M, D)
@@ -108,79 +111,82 @@ def _segments(offsets: Int[Array, " E+1"]) -> list[tuple[int, slice]]:
     return [(e, slice(start, stop)) for e, (start, stop) in enumerate(bounds) if stop > start]
 
 
-def _alike(x: Array, *stacks: Sequence[Array]) -> bool:
-    """Whether the fused loops can read these weights: of one type, and each contiguous."""
-    first = stacks[0][0]
-    if not (is_bfloat16(first) or first.dtype == x.dtype):
-        return False
-    if all(isinstance(ws, np.ndarray) for ws in stacks):
-        return all(ws.dtype == first.dtype and ws[0].flags.c_contiguous for ws in stacks)
-    return all(w.dtype == first.dtype and w.flags.c_contiguous for ws in stacks for w in ws)
+def _alike(x: Float[Array, "N D"], views: list[Array]) -> bool:
+    """Whether the fused loops can read these weights: of one type that suits `x`, and contiguous."""
+    dtype = views[0].dtype if views else x.dtype
+    suits = dtype == x.dtype or (is_bfloat16(views[0]) and x.dtype == np.float32)
+    return suits and all(w.dtype == dtype and w.flags.c_contiguous for w in views)
 
 
 def _few(
     x: Float[Array, "N D"],
-    w1: Sequence[Float[Array, "F D"]],
-    w2: Sequence[Float[Array, "D F"]],
-    w3: Sequence[Float[Array, "F D"]],
+    views: list[Array],
+    F: int,
     pairs: Int[Array, " M"],
     offsets: Int[Array, " E+1"],
     k: int,
 ) -> tuple[Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M D"]]:
-    M, D, F = len(pairs), x.shape[1], w1[0].shape[0]
+    M, D = len(pairs), x.shape[1]
     gate_in, up, hidden = (np.empty((M, F), x.dtype) for _ in range(3))
     ys = np.empty((M, D), x.dtype)
-    table = np.stack([addresses(w) for w in (w1, w2, w3)])
-    _experts_few(x, table, storage(w1[0]).dtype, is_bfloat16(w1[0]), pairs, offsets, k, gate_in, up, hidden, ys)
+    if views:
+        table, dtype = addresses(views).reshape(3, -1), storage(views[0]).dtype
+        _experts_few(x, table, dtype, is_bfloat16(views[0]), pairs, offsets, k, gate_in, up, hidden, ys)
     return gate_in, up, ys
 
 
 @jit(parallel=True)
 def _experts_few(x, table, dtype, bf16, pairs, offsets, k, gate_in, up, hidden, ys):
-    E, (M, F), D = len(offsets) - 1, gate_in.shape, x.shape[1]
-    chosen = [e for e in range(E) if offsets[e + 1] > offsets[e]]
-    ups, downs = (F + 3) // 4, (D + 3) // 4  # blocks of four rows per expert
+    """`table` (3, chosen): where w1, w2 and w3 of each chosen expert lie. A work item is a block of four rows."""
+    (M, F), D = gate_in.shape, x.shape[1]
+    segments = np.empty((table.shape[1], 2), np.int64)  # the rows of each chosen expert
+    chosen = 0
+    for e in range(len(offsets) - 1):
+        if offsets[e + 1] > offsets[e]:
+            segments[chosen, 0], segments[chosen, 1] = offsets[e], offsets[e + 1]
+            chosen += 1
+    ups, downs = (F + 3) // 4, (D + 3) // 4
     if 3 * M * F * D < FEW_PRODUCTS:
-        for i in range(len(chosen) * ups):
-            e = chosen[i // ups]
-            _hidden_rows(x, table, dtype, bf16, pairs, offsets, k, e, 4 * (i % ups), gate_in, up, hidden)
-        for i in range(len(chosen) * downs):
-            e = chosen[i // downs]
-            _output_rows(table, dtype, offsets, e, 4 * (i % downs), hidden, ys)
+        for i in range(chosen * ups):
+            _hidden_rows(x, table, dtype, bf16, pairs, segments, k, i // ups, 4 * (i % ups), gate_in, up, hidden)
+        for i in range(chosen * downs):
+            _output_rows(table, dtype, segments, i // downs, 4 * (i % downs), hidden, ys)
     else:
-        for i in numba.prange(len(chosen) * ups):
-            e = chosen[i // ups]
-            _hidden_rows(x, table, dtype, bf16, pairs, offsets, k, e, np.int64(4 * (i % ups)), gate_in, up, hidden)
-        for i in numba.prange(len(chosen) * downs):
-            e = chosen[i // downs]
-            _output_rows(table, dtype, offsets, e, np.int64(4 * (i % downs)), hidden, ys)
+        for item in numba.prange(chosen * ups):
+            block = np.int64(item)  # prange counts unsigned
+            _hidden_rows(
+                x, table, dtype, bf16, pairs, segments, k, block // ups, 4 * (block % ups), gate_in, up, hidden
+            )
+        for item in numba.prange(chosen * downs):
+            block = np.int64(item)
+            _output_rows(table, dtype, segments, block // downs, 4 * (block % downs), hidden, ys)
 
 
 @jit()
-def _hidden_rows(x, table, dtype, bf16, pairs, offsets, k, e, f, gate_in, up, hidden):
-    """Rows f to f + 3 of w1 and w3 of expert e, for all its tokens."""
+def _hidden_rows(x, table, dtype, bf16, pairs, segments, k, i, f, gate_in, up, hidden):
+    """Rows f to f + 3 of w1 and w3 of chosen expert i, for all its tokens."""
     F, D = gate_in.shape[1], x.shape[1]
-    w1 = numba.carray(pointer(table[0, e]), (F, D), dtype)
-    w3 = numba.carray(pointer(table[2, e]), (F, D), dtype)
-    for row in range(offsets[e], offsets[e + 1]):
+    w1 = numba.carray(pointer(table[0, i]), (F, D), dtype)
+    w3 = numba.carray(pointer(table[2, i]), (F, D), dtype)
+    for row in range(segments[i, 0], segments[i, 1]):
         xe = x[pairs[row] // k]
         gates, ups = dot_rows(xe, w1, f), dot_rows(xe, w3, f)
-        for i in range(4):
-            at = min(f + i, F - 1)
-            gate_in[row, at], up[row, at] = gates[i], ups[i]
-            value = gates[i] * sigmoid(gates[i]) * ups[i]
+        for j in range(4):
+            at = min(f + j, F - 1)
+            gate_in[row, at], up[row, at] = gates[j], ups[j]
+            value = gates[j] * sigmoid(gates[j]) * ups[j]
             hidden[row, at] = rounded(value) if bf16 else value
 
 
 @jit()
-def _output_rows(table, dtype, offsets, e, d, hidden, ys):
-    """Rows d to d + 3 of w2 of expert e, for all its tokens."""
+def _output_rows(table, dtype, segments, i, d, hidden, ys):
+    """Rows d to d + 3 of w2 of chosen expert i, for all its tokens."""
     F, D = hidden.shape[1], ys.shape[1]
-    w2 = numba.carray(pointer(table[1, e]), (D, F), dtype)
-    for row in range(offsets[e], offsets[e + 1]):
+    w2 = numba.carray(pointer(table[1, i]), (D, F), dtype)
+    for row in range(segments[i, 0], segments[i, 1]):
         four = dot_rows(hidden[row], w2, d)
-        for i in range(4):
-            ys[row, min(d + i, D - 1)] = four[i]
+        for j in range(4):
+            ys[row, min(d + j, D - 1)] = four[j]
 
 
 @jit()

@@ -37,8 +37,9 @@ class Gating(Protocol):
         gate : (E, D)
         k : experts per token
         active : (N,) False marks padding: not routed, ids -1 and weights 0
-        allowed : (E,) False switches an expert off; at least k must stay
-        ids : (N, k) a choice to force, instead of the top k; -1 where a token is not routed
+        allowed : (E,) False switches an expert off; at least k must stay. Its logits are returned all the same
+        ids : (N, k) a choice to force: `k` and `allowed` are then not looked at. A token that is not routed has -1 in
+            all its slots
 
         Returns
         -------

@@ -21,7 +21,8 @@ def forward(
     if ids is None:
         candidates = logits if allowed is None else xp.where(allowed, logits, -xp.inf)
         ids = xp.argsort(-candidates, axis=-1, kind="stable")[:, :k]  # stable: ties to the lower id
-    chosen = xp.take_along_axis(logits, xp.maximum(ids, 0), axis=-1)  # (N, E) -> (N, k)
+    # (N, E) -> (N, k); an id of -1 reads expert 0 here, and its weight becomes 0 below
+    chosen = xp.take_along_axis(logits, xp.maximum(ids, 0), axis=-1)
     exps = xp.exp(chosen - chosen.max(axis=-1, keepdims=True))
     weights = exps / exps.sum(axis=-1, keepdims=True)
     if active is not None:

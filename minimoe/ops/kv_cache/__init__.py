@@ -2,9 +2,9 @@
 
 cache[b, p mod R] = new[b, t]   where p = positions[b, t]
 
-With R slots, writing position p overwrites p - R, which a window of W <= R keys no longer sees. Of a chunk longer than
-R only the last R positions stay. Padding (position -1) is not written. Source: Jiang et al., Mistral 7B,
-arXiv 2310.06825, section 2 (rolling buffer cache).
+R = min(W, longest sequence). Where R = W, writing position p overwrites p - W, which has just left the window; where
+R < W no position ever comes round again. Of a chunk longer than R only the last R positions stay. Padding (position -1)
+is not written. Source: Jiang et al., Mistral 7B, arXiv 2310.06825, section 2 (rolling buffer cache).
 """
 
 from __future__ import annotations

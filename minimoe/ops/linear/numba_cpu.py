@@ -17,7 +17,7 @@ from minimoe.loops import dot_rows, jit, operand, pointer, product, rounded, sto
 from minimoe.shapes import Array
 
 FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
-FEW_PRODUCTS = 100_000  # below, one core is done before others have woken up
+FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 
 
 def forward(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
@@ -41,7 +41,7 @@ def backward(
 
 
 def _forward_few(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
-    """One launch for all weights. Addresses, not arrays: one compiled loop for any number of them, memory-mapped or not."""
+    """One launch for all weights, by address: one compiled loop for any number of them, memory-mapped or not."""
     bf16 = is_bfloat16(weights[0])
     N = len(x)
     x = np.ascontiguousarray(x, np.float32 if bf16 else x.dtype)
