@@ -41,12 +41,14 @@ class KVCache:
     positions : (B, R) int64, on the backend's device; -1 = empty
     lengths : (B,) int64 on the host: the position that each sequence's next token takes by default
     max_length : longest sequence it takes, in tokens (rolling or not)
+    broken : whether a call was interrupted while it wrote over keys that its repetition would need
     """
 
     layers: list[LayerCache]
     positions: Int[Array, "B R"]
     lengths: Int[Array, " B"]
     max_length: int
+    broken: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +69,9 @@ def new_cache(ops: Backend, config: ModelConfig, params: Params, batch: int, max
 
 
 def check_cache(cache: KVCache, config: ModelConfig, params: Params) -> None:
-    """Raise a CacheError unless `cache` was made for a model of these sizes, window and storage type."""
+    """Raise a CacheError unless `cache` is whole, and made for a model of these sizes, window and storage type."""
+    if cache.broken:
+        raise CacheError("a call with this cache was interrupted after it had overwritten keys: make a new one")
     shape = _shape(config, len(cache.lengths), cache.max_length)
     for held, p in zip_longest(cache.layers, params.layers):
         if held is None or p is None or held.k.shape != shape or held.k.dtype != p.attention.wk.dtype:

@@ -6,6 +6,7 @@ only, not at the files of what it calls, so the cache directory carries a hash o
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import sys
@@ -212,6 +213,21 @@ def product(x: Array, w: Array, out: Array | None = None) -> Array:
     for row in range(0, len(w), step):
         np.matmul(x, widened(w[row : row + step]).T, out=out[:, row : row + step])
     return out
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep up to 1 GiB of freed memory for the next arrays; say whether it can (glibc only).
+
+    By default it returns every large array to the system, and the next one is paid for with a page fault per 4 KiB. In
+    training that is half the time of the experts: 11.3 ms a forward and 22.9 a backward, 6.6 and 14.0 with this (4096
+    tokens of the tiny preset on one core). It holds for the whole process, so a program decides it, not an op.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(trim_threshold, 1 << 30) and mallopt(mmap_threshold, 1 << 26))
 
 
 @intrinsic

@@ -50,11 +50,14 @@ def forward(
     B, T = inputs.tokens.shape
     if cache is not None:
         check_cache(cache, config, params)
+        slots = cache.positions.shape[1]
+        cache.broken = T > 1 and bool(inputs.positions.max() >= slots)  # until all has gone well
     batch = _batch(ops, config, params, inputs, cache)
     x, residual, routed, _ = _blocks(ops, config, params, inputs, batch, cache, choose)
     if cache is not None:
         ops.kv_cache.write_positions(cache.positions, batch.q_pos)
         cache.lengths = np.maximum(cache.lengths, inputs.positions.max(axis=1) + 1)
+        cache.broken = False
     if last_only:
         rows = ops.asarray(np.arange(B) * T + inputs.positions.argmax(axis=1))
         x, residual = x[rows], residual[rows]

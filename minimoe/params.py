@@ -183,8 +183,8 @@ def stack_experts(params: Params) -> Params:
 def random(config: ModelConfig, seed: int, dtype: Any = np.float32) -> Params:
     """Draw fresh weights; every tensor has a stream of its own, so its values do not depend on the others.
 
-    Embeddings have unit variance, matrices 1 / fan-in (so do tied embeddings: they make the logits). Those that write
-    to the residual stream (wo, w2) are divided by sqrt(2 L), so that its variance stays of order one whatever the depth.
+    Embeddings have unit variance, matrices 1 / fan-in (tied embeddings too: they make the logits). Those that write to
+    the residual stream (wo, w2) are divided by sqrt(2 L), so that its variance stays of order one whatever the depth.
     Norms start at one.
     """
 

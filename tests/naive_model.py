@@ -9,62 +9,71 @@ import numpy as np
 
 
 def forward(config, params, tokens):
-    """Every named intermediate of one sequence of tokens (T,): {name: array with one row per token}."""
-    T, k = len(tokens), config.num_experts_per_token
+    """Every named intermediate of one sequence of tokens (T,): {name: array, mostly with one row per token}."""
     found = {"tok_embeddings": np.array([params.tok_embeddings[t] for t in tokens])}
     x = found["tok_embeddings"]
     for i, layer in enumerate(params.layers):
-        a, f = layer.attention, layer.feed_forward
-        here = found.setdefault
-
-        def name(rest, i=i):
-            return f"layers.{i}.{rest}"
-
-        y = here(name("attention_norm"), norm(x, layer.attention_norm, config.norm_eps))
-        for w in "qkv":
-            here(name(f"attention.{w}"), np.array([getattr(a, f"w{w}") @ row for row in y]))
-        q, keys, v = (found[name(f"attention.{w}")].reshape(T, -1, config.head_dim) for w in "qkv")
-        q, keys = (np.array([rotate(x[t], t, config.rope_theta) for t in range(T)]) for x in (q, keys))
-        here(name("attention.q_rotated"), q)
-        here(name("attention.k_rotated"), keys)
-        attend(config, q, keys, v, lambda rest, value, here=here, name=name: here(name(f"attention.{rest}"), value))
-        out = here(name("attention.out"), np.array([a.wo @ row for row in found[name("attention.context")]]))
-        h = here(name("attention_residual"), x + out)
-        y = here(name("ffn_norm"), norm(h, layer.ffn_norm, config.norm_eps))
-        if config.dense:
-            ids, weights = np.zeros((T, 1), int), np.ones((T, 1))
-        else:
-            logits = here(name("gating.logits"), np.array([f.gate @ row for row in y]))
-            ids = here(name("gating.ids"), np.array([sorted(range(len(z)), key=lambda e, z=z: (-z[e], e))[:k]
-                                                     for z in logits]))  # fmt: skip
-            weights = here(name("gating.weights"), np.array([softmax(z[chosen]) for z, chosen in
-                                                             zip(logits, ids, strict=True)]))  # fmt: skip
-        hidden = [[silu(f.w1[e] @ row) * (f.w3[e] @ row) for e in chosen] for row, chosen in zip(y, ids, strict=True)]
-        slots = [[f.w2[e] @ z for e, z in zip(chosen, row, strict=True)] for row, chosen in
-                 zip(hidden, ids, strict=True)]  # fmt: skip
-        here(name("experts.hidden"), np.array(hidden))
-        here(name("experts.slots"), np.array(slots))
-        here(name("experts.out"), np.array([weights[t] @ np.array(slots[t]) for t in range(T)]))
-        x = here(name("out"), h + found[name("experts.out")])
+        inner = block(config, layer, x)
+        found |= {f"layers.{i}.{name}": np.array(value) for name, value in inner.items()}
+        x = inner["out"]
     found["norm"] = norm(x, params.norm, config.norm_eps)
     head = params.tok_embeddings if config.tie_embeddings else params.output
-    return found | {"logits": np.array([head @ row for row in found["norm"]])}
+    found["logits"] = np.array([head @ row for row in found["norm"]])
+    return found
 
 
-def attend(config, q, k, v, put):
-    T, H, C = q.shape
-    G, W = H // config.num_kv_heads, config.sliding_window or T
-    scores, context = np.full((H, T, T), -np.inf), np.zeros((T, H, C))
-    probs = np.zeros((H, T, T))
+def block(config, layer, x):
+    found = {"attention_norm": norm(x, layer.attention_norm, config.norm_eps)}
+    found |= attention(config, layer.attention, found["attention_norm"])
+    found["attention_residual"] = x + found["attention.out"]
+    found["ffn_norm"] = norm(found["attention_residual"], layer.ffn_norm, config.norm_eps)
+    found |= feed_forward(config, layer.feed_forward, found["ffn_norm"])
+    found["out"] = found["attention_residual"] + found["experts.out"]
+    return found
+
+
+def attention(config, weights, y):
+    T, H, K, C = len(y), config.num_heads, config.num_kv_heads, config.head_dim
+    W = config.sliding_window or T
+    q = np.array([weights.wq @ row for row in y])
+    k = np.array([weights.wk @ row for row in y])
+    v = np.array([weights.wv @ row for row in y])
+    q_rotated = np.array([rotate(q[t].reshape(H, C), t, config.rope_theta) for t in range(T)])
+    k_rotated = np.array([rotate(k[t].reshape(K, C), t, config.rope_theta) for t in range(T)])
+    scores, probs, context = np.full((H, T, T), -np.inf), np.zeros((H, T, T)), np.zeros((T, H, C))
     for h in range(H):
+        shared = h // (H // K)
         for t in range(T):
             seen = range(max(0, t - W + 1), t + 1)
-            scores[h, t, seen] = [q[t, h] @ k[s, h // G] / math.sqrt(C) for s in seen]
+            scores[h, t, seen] = [q_rotated[t, h] @ k_rotated[s, shared] / math.sqrt(C) for s in seen]
             probs[h, t, seen] = softmax(scores[h, t, seen])
-            context[t, h] = sum(probs[h, t, s] * v[s, h // G] for s in seen)
-    put("scores", scores)
-    put("probs", probs)
-    put("context", context.reshape(T, H * C))
+            context[t, h] = sum(probs[h, t, s] * v[s].reshape(K, C)[shared] for s in seen)
+    context = context.reshape(T, H * C)
+    return {
+        "attention.q": q, "attention.k": k, "attention.v": v,
+        "attention.q_rotated": q_rotated, "attention.k_rotated": k_rotated,
+        "attention.scores": scores, "attention.probs": probs, "attention.context": context,
+        "attention.out": np.array([weights.wo @ row for row in context]),
+    }  # fmt: skip
+
+
+def feed_forward(config, weights, y):
+    rows = [experts(config, weights, row) for row in y]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def experts(config, weights, y):
+    """One token: its logits, its choice, and what each of its experts makes of it."""
+    found, chosen, shares = {}, [0], np.ones(1)
+    if not config.dense:
+        z = weights.gate @ y
+        chosen = sorted(range(len(z)), key=lambda e: (-z[e], e))[: config.num_experts_per_token]
+        shares = softmax(z[chosen])
+        found = {"gating.logits": z, "gating.ids": chosen, "gating.weights": shares}
+    hidden = [silu(weights.w1[e] @ y) * (weights.w3[e] @ y) for e in chosen]
+    slots = [weights.w2[e] @ h for e, h in zip(chosen, hidden, strict=True)]
+    out = sum(share * slot for share, slot in zip(shares, slots, strict=True))
+    return found | {"experts.hidden": hidden, "experts.slots": slots, "experts.out": out}
 
 
 def norm(x, weight, eps):
@@ -74,9 +83,9 @@ def norm(x, weight, eps):
 def rotate(heads, position, theta):
     """Each pair (i, i + C/2) is one complex number, turned by its angle."""
     C = heads.shape[-1]
-    z = heads[:, : C // 2] + 1j * heads[:, C // 2 :]
-    z = z * np.exp(1j * np.array([position * theta ** (-2 * i / C) for i in range(C // 2)]))
-    return np.concatenate([z.real, z.imag], axis=-1)
+    turn = np.exp([1j * position * theta ** (-2 * i / C) for i in range(C // 2)])
+    turned = (heads[:, : C // 2] + 1j * heads[:, C // 2 :]) * turn
+    return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 def softmax(z):

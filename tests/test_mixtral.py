@@ -432,6 +432,27 @@ def test_a_step_that_fails_half_way_leaves_the_positions_as_they_were():
     np.testing.assert_allclose(again, whole[:, 2:], rtol=1e-4, atol=1e-5)
 
 
+def test_a_cache_whose_keys_were_overwritten_by_a_chunk_that_failed_is_refused():
+    """A chunk's keys are written layer by layer, over keys that the next try would need."""
+    ops, config = make_backend("numpy"), CONFIG.replace(sliding_window=4)
+    params = draw_params(config, np.random.default_rng(0))
+    cache = mixtral.new_cache(ops, config, params, 1, 20)
+    forward(ops, config, params, [[1, 2, 3, 4]], cache=cache)
+    calls = []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return ops.gating.forward(*given)
+
+    broken = dataclasses.replace(ops, gating=SimpleNamespace(**{**vars(ops.gating), "forward": interrupted}))
+    with pytest.raises(KeyboardInterrupt):
+        forward(broken, config, params, [[5, 6, 7]], cache=cache)
+    with pytest.raises(CacheError, match="interrupted after it had overwritten keys"):
+        forward(ops, config, params, [[5, 6, 7]], cache=cache)
+
+
 @pytest.mark.parametrize("disabled", [(0, 3), [(0.5, 3)], [(0, 1, 2)], ["ab"]])
 def test_disabled_experts_that_are_no_pairs_are_named(disabled):
     with pytest.raises(ValueError, match="disabled_experts must be \\(layer, expert\\) pairs"):

@@ -74,7 +74,9 @@ def _prepared(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array) -> tuple
     bf16 = is_bfloat16(k)
     q = np.ascontiguousarray(q, np.float32 if bf16 else q.dtype)
     k, v = storage(np.ascontiguousarray(k)), storage(np.ascontiguousarray(v))
-    return q, k, v, np.ascontiguousarray(q_pos, np.int64), np.ascontiguousarray(k_pos, np.int64), bf16
+    # Positions are often a broadcast, read-only row: copied, so that Numba does not compile for that type as well.
+    q_pos, k_pos = (np.array(x, np.int64, order="C") for x in (q_pos, k_pos))
+    return q, k, v, q_pos, k_pos, bf16
 
 
 @jit(parallel=True, fastmath=FMA)
