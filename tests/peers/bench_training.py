@@ -13,12 +13,13 @@ import os
 from time import perf_counter
 
 import numpy as np
-import torch
-import transformers
 
-from minimoe.backends import make_backend
+from minimoe.backends import make_backend  # before torch: Numba's threads read their settings once
 from minimoe.config import PRESETS, ModelConfig
 from minimoe.training.loop import TrainConfig, batch, new_state, train_step
+
+import torch  # isort: skip
+import transformers  # isort: skip
 
 
 def torch_model(config: ModelConfig) -> transformers.MixtralForCausalLM:
