@@ -89,6 +89,9 @@ class ModelConfig:
             _check_size(name, getattr(self, name))
         if self.sliding_window is not None:
             _check_size("sliding_window", self.sliding_window)
+        for name in ("dense", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._check_relations()
         self._check_numbers()
         for name in ("bos_id", "eos_id"):

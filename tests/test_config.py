@@ -88,6 +88,8 @@ def test_a_config_cannot_be_changed_but_replaced():
         ({"head_dim": 3}, r"head_dim \(C = 3\) must be even"),
         ({"dense": True}, "a dense model needs num_experts = num_experts_per_token = 1, not 3 and"),
         ({"balance_form": "sum"}, "balance_form must be one of per_layer, concatenated, switch, not 'sum'"),
+        ({"dense": "no"}, "dense must be True or False, not 'no'"),
+        ({"tie_embeddings": None}, "tie_embeddings must be True or False, not None"),
         ({"norm_eps": float("nan")}, "norm_eps must be a finite number of at least 0, not nan"),
         ({"norm_eps": float("inf")}, "norm_eps must be a finite number of at least 0, not inf"),
         ({"norm_eps": -1e-5}, "norm_eps must be a finite number of at least 0, not -1e-05"),
