@@ -25,6 +25,7 @@ from minimoe import checkpoint
 from minimoe.arrays import BFLOAT16, to_host
 from minimoe.backends import Backend, make_backend
 from minimoe.config import PRESETS, ModelConfig, preset
+from minimoe.loops import keep_freed_memory
 from minimoe.params import leaves, map_leaves
 from minimoe.shapes import Array
 from minimoe.tokenizer import Tokenizer
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     state = new_state(ops, config, train)
     if started:
         load_state(args.out / "state", ops, state)
+    keep_freed_memory()
     finished = _loop(ops, config, train, state, streams, args)
     if finished:
         stored = map_leaves(state.params, lambda w: to_host(w).astype(BFLOAT16))

@@ -14,8 +14,9 @@ from time import perf_counter
 
 import numpy as np
 
-from minimoe.backends import make_backend  # before torch: Numba's threads read their settings once
+from minimoe.backends import make_backend
 from minimoe.config import PRESETS, ModelConfig
+from minimoe.loops import keep_freed_memory  # before torch: OpenMP reads its settings once, when it is loaded
 from minimoe.training.loop import TrainConfig, batch, new_state, train_step
 
 import torch  # isort: skip
@@ -51,6 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as `minimoe train` does
     config, train = PRESETS["tiny"], TrainConfig(steps=1000)
     streams = {"noise": np.random.default_rng(0).integers(3, config.vocab_size, 1_000_000)}
     ops = make_backend(args.backend)
