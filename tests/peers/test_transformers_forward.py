@@ -29,22 +29,6 @@ TOLERANCE = 1e-10
 BACKENDS = ("numpy", "numba")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def errors():
-    """Collects the errors of all cases; `pytest -s` prints the largest."""
-    found = []
-    yield found
-    print(f"\nlargest relative error of {len(found)} comparisons: {max(found, default=0):.1e}")
-
-
 @functools.cache
 def case(seed):
     """A model, a batch, and their logits: every sixth model is dense, padding takes turns, some start late."""
