@@ -64,11 +64,6 @@ def widen(x: Array) -> Array:
     return x.astype(np.float32) if is_bfloat16(x) else x
 
 
-def round_to_bfloat16(x: Array) -> Array:
-    """Return `x` rounded to the nearest bfloat16 (ties to even), as float32."""
-    return x.astype(BFLOAT16).astype(np.float32)
-
-
 def operands(a: Array, b: Array) -> tuple[Array, Array]:
     """Return `a` and `b` as the operands of a matrix product, both rounded if either is stored in bfloat16."""
     if is_bfloat16(a) or is_bfloat16(b):

@@ -31,7 +31,7 @@ from minimoe.shapes import Array
 from minimoe.tokenizer import Tokenizer
 from minimoe.training import corpus as corpora
 from minimoe.training import tokenizer_training
-from minimoe.training.loop import Metrics, TrainConfig, TrainState, as_dict, batch, new_state, train_step
+from minimoe.training.loop import Metrics, TrainConfig, TrainState, batch, new_state, train_step
 
 SMOOTHING = 0.98  # of the loss that the progress bar shows
 
@@ -74,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
         vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
     )
     batch(streams, train, 1)  # domains that are too short, or missing from the mixture, are named before the run starts
-    _check_same_run(args.out / "run.json", {"preset": args.preset, "train": as_dict(train), "backend": ops.name})
+    _check_same_run(
+        args.out / "run.json", {"preset": args.preset, "train": dataclasses.asdict(train), "backend": ops.name}
+    )
     state = new_state(ops, config, train)
     if started:
         load_state(args.out / "state", ops, state)

@@ -10,7 +10,6 @@ equation 5 (one cosine, no restarts); Pascanu et al., arXiv 1211.5063 (clipping 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -172,8 +171,3 @@ def least_share(ops: Backend, config: ModelConfig, routed: Any) -> float:
     E = config.num_experts
     counts = [np.bincount(layer[layer >= 0], minlength=E) for layer in to_host(routing.ids)]
     return float(min(c.min() / max(c.sum(), 1) for c in counts) * E)
-
-
-def as_dict(train: TrainConfig) -> dict[str, Any]:
-    """The fields, for a JSON file beside the checkpoint."""
-    return dataclasses.asdict(train)
