@@ -120,6 +120,8 @@ def _cells(room: str, dialect: str, dialects: dict[tuple[str, str], str]) -> Any
         has = hasattr(own, name)
         functions[name] = getattr(own if has else reference, name)
         dialects[room, name] = dialect if has and own is not reference else "reference"
+    if hasattr(reference, "explain"):  # what happens inside an op is shown by the reference, whatever the dialect
+        functions["explain"] = reference.explain
     return SimpleNamespace(**functions)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Int
@@ -16,6 +16,13 @@ from minimoe.params import Params
 from minimoe.shapes import Array
 
 
+class Uniform(Protocol):
+    """A source of random numbers, such as numpy.random.Generator."""
+
+    def random(self, size: int) -> Array:
+        """Return `size` numbers in [0, 1)."""
+
+
 def generate_ids(
     ops: Backend,
     config: ModelConfig,
@@ -26,7 +33,7 @@ def generate_ids(
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int | None = None,
+    seed: int | Uniform | None = None,
     max_length: int | None = None,
 ) -> Iterator[Int[Array, " B"]]:
     """Yield the next token of every sequence, (B,) at a time; a sequence that has ended repeats eos_id.
@@ -37,7 +44,8 @@ def generate_ids(
     max_new_tokens : at most so many tokens per sequence
     temperature : 0 is greedy
     top_p : mass of the nucleus, in (0, 1]
-    seed : makes sampling reproducible; row b of a batch draws the b-th number of every step
+    seed : makes sampling reproducible, or is itself the source of the numbers; row b of a batch draws the b-th number
+        of every step
     max_length : size of the cache; None fits prompt and new tokens
 
     Raises
@@ -67,11 +75,11 @@ def _generate(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
-    seed: int | None,
+    seed: int | Uniform | None,
     max_length: int,
 ) -> Iterator[Int[Array, " B"]]:
     B = len(inputs.tokens)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed) if seed is None or isinstance(seed, int | np.integer) else seed
     cache = mixtral.new_cache(ops, config, params, B, max_length)
     ended = np.zeros(B, bool)
     for step in range(max_new_tokens):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,7 @@ from minimoe import mixtral
 from minimoe.arrays import to_host
 from minimoe.backends import ROOMS, Backend
 from minimoe.config import ModelConfig
-from minimoe.ops.attention import reference as attention
-from minimoe.ops.experts import reference as experts
+from minimoe.layers import Choice
 from minimoe.params import Params, leaves
 from minimoe.shapes import Array, Routing
 
@@ -135,16 +134,23 @@ def schedule(config: ModelConfig) -> list[tuple[str, str, str]]:
     return [*calls, ("rmsnorm", "forward", "norm"), ("linear", "forward", "logits")]
 
 
-def record(ops: Backend, config: ModelConfig, params: Params, inputs: mixtral.Inputs) -> Trace:
-    """Run a forward pass and name what it computed."""
+def record(
+    ops: Backend,
+    config: ModelConfig,
+    params: Params,
+    inputs: mixtral.Inputs,
+    *,
+    choose: Sequence[Choice] | None = None,
+) -> Trace:
+    """Run a forward pass, its routing imposed where `choose` is given, and name what it computed."""
     recorder = Recorder(params)
-    _, routed = mixtral.forward(recorder.wrap(ops), config, params, inputs)
+    _, routed = mixtral.forward(recorder.wrap(ops), config, params, inputs, choose=choose)
     expected = schedule(config)
     made = [(call.room, call.function) for call in recorder.calls]
     assert made == [(room, function) for room, function, _ in expected], "the schedule does not match the model"
     arrays: dict[str, Array] = {}
     for call, (_, _, prefix) in zip(recorder.calls, expected, strict=True):
-        arrays |= _names(config, call, prefix)
+        arrays |= _names(ops, config, call, prefix)
     B, T = inputs.tokens.shape
     arrays["logits"] = arrays["logits"].reshape(B, T, -1)
     routing = mixtral.collect_routing(ops, routed)
@@ -170,7 +176,7 @@ def _in_order(config: ModelConfig, arrays: dict[str, Array]) -> dict[str, Array]
     return {name: arrays[name] for name in names(config)}
 
 
-def _names(config: ModelConfig, call: Call, prefix: str) -> dict[str, Array]:
+def _names(ops: Backend, config: ModelConfig, call: Call, prefix: str) -> dict[str, Array]:
     """The named arrays that one call yields."""
     out, given = call.output, call.inputs
     if call.room == "rmsnorm":
@@ -188,14 +194,14 @@ def _names(config: ModelConfig, call: Call, prefix: str) -> dict[str, Array]:
     if call.room == "linear":
         return {prefix: out[0]}
     if call.room == "attention":
-        inner = attention.explain(*(given[name] for name in ("q", "k", "q_pos", "k_pos", "window")))
+        inner = ops.attention.explain(*(given[name] for name in ("q", "k", "q_pos", "k_pos", "window")))
         B, T, H, C = out[0].shape
         return {f"{prefix}.{n}": a for n, a in inner.items()} | {f"{prefix}.context": out[0].reshape(B * T, H * C)}
     if call.room == "gating":
         return {f"{prefix}.{name}": a for name, a in zip(("logits", "ids", "weights"), out, strict=True)}
     if call.room == "experts":
         w1, w2, w3 = (_on_host(given[name]) for name in ("w1", "w2", "w3"))
-        inner = experts.explain(given["x"], w1, w2, w3, given["ids"], given["weights"])
+        inner = ops.experts.explain(given["x"], w1, w2, w3, given["ids"], given["weights"])
         return {f"{prefix}.{n}": a for n, a in inner.items()} | {f"{prefix}.out": out[0]}
     return {prefix: out} if prefix != "rope" else {}
 

@@ -13,6 +13,7 @@ Jiang et al. (Mistral 7B, the window), arXiv 2310.06825, section 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from jaxtyping import Float, Int
@@ -22,6 +23,10 @@ from minimoe.shapes import Array
 
 class Attention(Protocol):
     """The contract of this room."""
+
+    explain: Callable[..., dict[str, Array]]
+    """What happens inside, computed by the reference whatever the dialect, from `forward`'s inputs without v: `scores`
+    (-inf where invisible) and `probs`, both (B, H, T, S)."""
 
     def forward(
         self,

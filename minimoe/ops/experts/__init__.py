@@ -13,7 +13,7 @@ arXiv 2002.05202, equation 6; Gale et al., MegaBlocks, arXiv 2211.15841 (droples
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,6 +43,10 @@ class Saved:
 
 class Experts(Protocol):
     """The contract of this room. Expert weights are addressed one at a time, `w1[e]`: stacked, or a list of views."""
+
+    explain: Callable[..., dict[str, Array]]
+    """What happens inside, computed by the reference whatever the dialect, from `forward`'s inputs: `hidden` (N, k, F)
+    and `slots` (N, k, D), zeros where not routed."""
 
     def forward(
         self,

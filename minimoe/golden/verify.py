@@ -1,0 +1,143 @@
+"""Hold an implementation's outputs against a golden kit. Needs Python and NumPy only: copy this file wherever you like.
+
+    python verify.py KIT OUTPUTS [--profile float32]
+
+A kit is a folder: manifest.json; cases/<id>.safetensors with the tensors `inputs/<name>`, `truth/<name>` (float64) and
+`truth32/<name>` (its rounding to float32); models/<name>/, Hugging Face checkpoints. README.md beside it is the
+specification. OUTPUTS is a folder of <id>.safetensors or <id>.npz that hold the outputs of the cases by name.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1  # of the kit's format and semantics
+_TYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+
+
+class KitError(ValueError):
+    """A kit or an output file that cannot be read; the message names it."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the manifest says of one output of a case.
+
+    Attributes
+    ----------
+    name, letters, shape : its name and shape
+    kind : "float", or "exact" (must be equal)
+    required : whether a candidate must give it; the others help to find a mistake
+    bounds : {profile: [relative, absolute]}: |error| <= relative · max |truth| + absolute, per tensor
+    """
+
+    name: str
+    letters: str
+    shape: tuple[int, ...]
+    kind: str
+    required: bool
+    bounds: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of a kit; arrays are read when they are asked for.
+
+    Attributes
+    ----------
+    id, call, level : "gating/ties"; which computation; "op", "block", "model" or "training"
+    why : what the case is for
+    settings : JSON values that the call takes
+    model : name of the folder under models/, or None
+    tags : "inference" or "training", and whatever selects cases
+    outputs : in execution order
+    """
+
+    kit: Path
+    id: str
+    call: str
+    level: str
+    why: str
+    settings: dict[str, Any]
+    model: str | None
+    tags: tuple[str, ...]
+    profiles: tuple[str, ...]
+    outputs: tuple[Output, ...]
+
+    @cached_property
+    def _tensors(self) -> dict[str, np.ndarray]:
+        return read_tensors(self.kit / "cases" / f"{self.id}.safetensors")
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """The inputs by name: floats in float32, ids and positions int64, masks bool."""
+        return self._under("inputs/")
+
+    @property
+    def truth(self) -> dict[str, np.ndarray]:
+        """The outputs by name, in float64 (exact ones in their own type)."""
+        return self._under("truth/")
+
+    @property
+    def model_folder(self) -> Path | None:
+        """The Hugging Face checkpoint that the case computes with."""
+        return None if self.model is None else self.kit / "models" / self.model
+
+    def _under(self, prefix: str) -> dict[str, np.ndarray]:
+        return {name.removeprefix(prefix): x for name, x in self._tensors.items() if name.startswith(prefix)}
+
+
+def read_kit(folder: str | Path) -> tuple[dict[str, Any], list[Case]]:
+    """Return the manifest of a kit and its cases."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+    except OSError:
+        raise KitError(f"{folder}: not a golden kit: there is no manifest.json in it") from None
+    except ValueError as error:
+        raise KitError(f"{folder}/manifest.json: not JSON: {error}") from None
+    if manifest.get("version") != VERSION:
+        raise KitError(f"{folder}: kit version {manifest.get('version')!r}; this verifier reads version {VERSION}")
+    cases = []
+    for entry in manifest["cases"]:
+        outputs = tuple(
+            Output(o["name"], o["letters"], tuple(o["shape"]), o["kind"], o["required"], o.get("bounds", {}))
+            for o in entry["outputs"]
+        )
+        cases.append(
+            Case(
+                folder, entry["id"], entry["call"], entry["level"], entry["why"], entry["settings"], entry["model"],
+                tuple(entry["tags"]), tuple(entry["profiles"]), outputs,
+            )
+        )  # fmt: skip
+    return manifest, cases
+
+
+def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Read a safetensors file; bfloat16 comes as float32."""
+    data = Path(path).read_bytes()
+    try:
+        (length,) = struct.unpack("<Q", data[:8])
+        header = json.loads(data[8 : 8 + length])
+        body, found = data[8 + length :], {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, stop = entry["data_offsets"]
+            array = np.frombuffer(body[start:stop], _TYPES[entry["dtype"]]).reshape(entry["shape"])
+            if entry["dtype"] == "BF16":
+                array = (array.astype(np.uint32) << 16).view(np.float32)
+            found[name] = array
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KitError(f"{path}: not a whole safetensors file ({error})") from None
+    return found
