@@ -148,12 +148,24 @@ class Model:
         pieces = self._tokenizer().decode_stream((int(step[0]) for step in steps), continuing=bool(prompt))
         return pieces if stream else "".join(pieces)
 
-    def trace(self, text_or_ids: str | Any, *, mask: Any = None) -> Trace:
-        """Run a forward pass and return every named intermediate of it, in execution order."""
+    def trace(self, text_or_ids: str | Any, *, mask: Any = None, only: str | Iterable[str] = "*") -> Trace:
+        """Run a forward pass and return its named intermediates, in execution order.
+
+        Parameters
+        ----------
+        text_or_ids : a text, or token ids (T,) or (B, T)
+        mask : (B, T) bool, False = padding
+        only : names to keep, or patterns of them, such as `"layers.*.gating.*"`; the routing is always kept
+
+        Raises
+        ------
+        TraceError
+            If a pattern matches nothing, or the arrays would not fit into memory (it says how large they are).
+        """
         ids = self._tokenizer().encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
         ids, mask, _, _ = _batched(ids, mask, None)
         inputs = mixtral.check_inputs(ids, self.config.vocab_size, mask)
-        return record(self.ops, self.config, self.params, inputs)
+        return record(self.ops, self.config, self.params, inputs, only=only)
 
     def loss_and_grads(
         self, tokens: Any, mask: Any = None, *, jitter_seed: int | None = None

@@ -79,3 +79,23 @@ class Routing:
         ordered = -np.sort(-self.logits, axis=-1)
         margins = np.full(self.ids.shape[:2], np.inf) if k == E else ordered[..., k - 1] - ordered[..., k]
         return np.where(self.ids[..., 0] >= 0, margins, np.nan)
+
+    def table(self) -> Array:
+        """One row per decision, (layer, token, slot, expert, weight, logit, margin), as a structured array.
+
+        Tokens that were not routed have no rows. Needs weights and logits.
+        """
+        if self.weights is None or self.logits is None:
+            raise ValueError("a table needs gate weights and router logits, which this Routing does not carry both")
+        layer, token, slot = np.nonzero(self.ids >= 0)
+        expert = self.ids[layer, token, slot]
+        columns = {
+            "layer": layer, "token": token, "slot": slot, "expert": expert, "weight": self.weights[layer, token, slot],
+            "margin": self.margins[layer, token],
+        }  # fmt: skip
+        columns["logit"] = self.logits[layer, token, expert]
+        names = ("layer", "token", "slot", "expert", "weight", "logit", "margin")
+        rows = np.empty(len(layer), [(name, np.int64 if i < 4 else np.float64) for i, name in enumerate(names)])
+        for name in names:
+            rows[name] = columns[name]
+        return rows

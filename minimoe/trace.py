@@ -1,28 +1,40 @@
 """Tracing: every named intermediate of a forward pass, in execution order.
 
-The model carries no code for this. `Recorder` wraps a backend and writes down the inputs and outputs of every op call,
-copied; `schedule` says which call of which op produces which name. What happens inside an op (attention scores, SwiGLU
-hidden states) is computed from its recorded inputs by the room's `explain`.
+The model carries no code for this. `Recorder` wraps a backend and hands on every op call, its arrays copied; the static
+`schedule` says which call produces which names. What happens inside an op (attention scores, SwiGLU hidden states) is
+computed from its recorded inputs by the room's `explain`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import prod
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
-from minimoe import mixtral
-from minimoe.arrays import to_host
+from minimoe import mixtral, schedule
+from minimoe.arrays import is_bfloat16, to_host
 from minimoe.backends import ROOMS, Backend
+from minimoe.checkpoint import load_tensors, save_tensors
+from minimoe.checkpoint.memory import free_memory
 from minimoe.config import ModelConfig
 from minimoe.layers import Choice
 from minimoe.params import Params, leaves
+from minimoe.schedule import Cost, Step, names
 from minimoe.shapes import Array, Routing
+
+
+class TraceError(ValueError):
+    """A trace that cannot be made or read; the message says what would be right."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,29 +51,31 @@ class Call:
 class Trace(Mapping[str, Array]):
     """Named intermediates, in execution order; `trace["layers.0.gating.logits"]`.
 
-    Inner arrays of an op are the reference's: in bfloat16 they are shown before they are rounded as operands. Names per
-    layer and shapes: attention.q (N, H·C), attention.k and v (N, K·C), q_rotated (N, H, C), k_rotated (N, K, C), scores
-    and probs (B, H, T, S), context (N, H·C), gating.logits (N, E), gating.ids and weights (N, k), experts.hidden
-    (N, k, F), experts.slots (N, k, D), everything else (N, D); logits (B, T, V).
+    Inner arrays of an op are the reference's: in bfloat16 they are shown before they are rounded as operands. Shapes:
+    `minimoe.schedule.letters(name)`.
 
     Attributes
     ----------
-    arrays : {name: array}, on the host
-    calls : the op calls behind them
+    config : ModelConfig
+    tokens, mask : (B, T) token ids; False = padding
     routing : Routing of all layers, or None for a dense model
-    tokens : (B, T) token ids
+    arrays : {name: array}, on the host; those that were asked for
+    stored : the type in which the weights are stored, by name
     """
 
-    arrays: dict[str, Array]
-    calls: list[Call]
+    config: ModelConfig
+    tokens: Int[Array, "B T"]
+    mask: Bool[Array, "B T"]
     routing: Routing | None
-    tokens: Array
+    arrays: dict[str, Array]
+    stored: str
 
     def __getitem__(self, name: str) -> Array:
         try:
             return self.arrays[name]
         except KeyError:
-            raise KeyError(f"no {name!r} in this trace; names are like {', '.join(list(self.arrays)[:4])}, …") from None
+            known = list(self.arrays) or ["(nothing)"]
+            raise KeyError(f"no {name!r} in this trace; names are like {', '.join(known[:4])}, …") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.arrays)
@@ -74,12 +88,79 @@ class Trace(Mapping[str, Array]):
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # a mapping's own would compare arrays
 
+    @property
+    def steps(self) -> list[Step]:
+        """Every op call of the pass: its equation, and the names of what it reads and writes."""
+        return schedule.schedule(self.config)
+
+    def cost(self, step: Step) -> Cost:
+        """Count floating-point operations and bytes of one step, for these tokens and this routing."""
+        B, T = self.tokens.shape
+        held = self.mask.sum(axis=1)
+        seen = np.minimum(np.arange(1, T + 1), self.config.sliding_window or T)  # keys that the t-th token sees
+        visible = sum(int(seen[:length].sum()) for length in held)
+        used = 1
+        if self.routing is not None and step.layer is not None:
+            used = len(np.unique(self.routing.ids[step.layer][self.routing.ids[step.layer] >= 0]))
+        stored = {"bfloat16": 2, "float32": 4, "float64": 8}[self.stored]
+        return schedule.cost(
+            self.config, step, B, T, visible=visible, experts=used, stored=stored, computed=max(stored, 4)
+        )
+
+    def summary(self) -> str:
+        """Return a table of all steps: what each computes, the shapes it writes, its operations and bytes."""
+        rows = [("step", "writes", "MFLOP", "kB", "equation")]
+        for step in self.steps:
+            cost, meaning = self.cost(step), schedule.sizes(self.config, *self.tokens.shape)
+            shapes = [
+                "×".join(str(meaning[letter]) for letter in schedule.letters(name).split()) for name in step.writes
+            ]
+            rows.append(
+                (step.name, ", ".join(shapes), f"{cost.flops / 1e6:.3f}", f"{cost.bytes / 1e3:.1f}", step.equation)
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join(
+            f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}" for a, b, c, d, e in rows
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: the arrays under their names; tokens, mask and routing beside them."""
+        routing = {} if self.routing is None else dataclasses.asdict(self.routing)
+        extra = {"tokens": self.tokens, "mask": self.mask, **{f"routing.{name}": x for name, x in routing.items()}}
+        metadata = {"minimoe": "trace 1", "config": json.dumps(dataclasses.asdict(self.config)), "stored": self.stored}
+        save_tensors(path, {**self.arrays, **extra}, metadata)
+
+    @staticmethod
+    def load(path: str | Path) -> Trace:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is missing or damaged.
+        TraceError
+            If it holds something else than a trace.
+        """
+        from safetensors import safe_open
+
+        tensors = load_tensors(path)
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("minimoe") != "trace 1":
+            raise TraceError(f"{path}: holds no trace that this version wrote")
+        config = ModelConfig(**json.loads(metadata["config"]))
+        parts = {name: tensors.pop(f"routing.{name}", None) for name in ("ids", "weights", "logits")}
+        routing = None if parts["ids"] is None else Routing(**parts)
+        tokens, mask = tensors.pop("tokens"), tensors.pop("mask")
+        arrays = {name: tensors[name] for name in names(config) if name in tensors}
+        return Trace(config, tokens, mask, routing, arrays, metadata["stored"])
+
 
 class Recorder:
-    """A list of calls, and the backend wrapper that fills it. Weights do not change: they are kept, not copied."""
+    """A backend wrapper that hands every call on. Weights do not change: they are handed on as they are, not copied."""
 
-    def __init__(self, params: Params) -> None:
-        self.calls: list[Call] = []
+    def __init__(self, params: Params, take: Callable[[Call], None]) -> None:
+        self._take = take
         # Held, or their ids could be given to others; a dense model's experts are handed on as a stack of one.
         held = [leaf for _, leaf in leaves(params)]
         held += [w for p in params.layers for w in (p.feed_forward.w1, p.feed_forward.w2, p.feed_forward.w3)]
@@ -100,7 +181,7 @@ class Recorder:
             bound.apply_defaults()
             inputs = {key: self._copy(value) for key, value in bound.arguments.items()}
             output = function(*args, **kwargs)
-            self.calls.append(Call(room, name, inputs, self._copy(output)))
+            self._take(Call(room, name, inputs, self._copy(output)))
             return output
 
         return recorded
@@ -114,26 +195,6 @@ class Recorder:
         return np.array(to_host(value)) if hasattr(value, "dtype") and hasattr(value, "shape") else value
 
 
-def schedule(config: ModelConfig) -> list[tuple[str, str, str]]:
-    """Return (room, function, prefix of names) of every op call in a forward pass without cache, in order."""
-    calls = [("rope", "table", "rope"), ("embedding", "forward", "tok_embeddings")]
-    for i in range(config.num_layers):
-        layer = f"layers.{i}."
-        calls += [
-            ("rmsnorm", "forward", layer + "attention_norm"),
-            ("linear", "forward", layer + "attention.qkv"),
-            ("rope", "forward", layer + "attention.q_rotated"),
-            ("rope", "forward", layer + "attention.k_rotated"),
-            ("attention", "forward", layer + "attention"),
-            ("linear", "forward", layer + "attention.out"),
-            ("rmsnorm", "forward", layer + "ffn_norm"),
-        ]
-        if not config.dense:
-            calls.append(("gating", "forward", layer + "gating"))
-        calls.append(("experts", "forward", layer + "experts"))
-    return [*calls, ("rmsnorm", "forward", "norm"), ("linear", "forward", "logits")]
-
-
 def record(
     ops: Backend,
     config: ModelConfig,
@@ -141,69 +202,79 @@ def record(
     inputs: mixtral.Inputs,
     *,
     choose: Sequence[Choice] | None = None,
+    only: str | Iterable[str] = "*",
 ) -> Trace:
-    """Run a forward pass, its routing imposed where `choose` is given, and name what it computed."""
-    recorder = Recorder(params)
-    _, routed = mixtral.forward(recorder.wrap(ops), config, params, inputs, choose=choose)
-    expected = schedule(config)
-    made = [(call.room, call.function) for call in recorder.calls]
-    assert made == [(room, function) for room, function, _ in expected], "the schedule does not match the model"
+    """Run a forward pass and name what it computes.
+
+    Parameters
+    ----------
+    choose : the routing to impose, one a layer
+    only : the names to keep, or patterns of them: `"layers.*.gating.*"`; the routing is always kept
+
+    Raises
+    ------
+    TraceError
+        If a pattern matches no name, or what is to be kept would not fit into the memory that is free.
+    """
+    compute = np.float64 if params.dtype == np.float64 else np.float32
+    wanted = _wanted(config, inputs.tokens.shape, only, np.dtype(compute).itemsize)
+    expected = iter(schedule.schedule(config))
     arrays: dict[str, Array] = {}
-    for call, (_, _, prefix) in zip(recorder.calls, expected, strict=True):
-        arrays |= _names(ops, config, call, prefix)
-    B, T = inputs.tokens.shape
-    arrays["logits"] = arrays["logits"].reshape(B, T, -1)
+
+    def take(call: Call) -> None:
+        step = next(expected)
+        assert (call.room, call.function) == (step.room, step.function), "the schedule does not match the model"
+        if not wanted.isdisjoint(step.writes):
+            made = dict(zip(step.writes, _made(ops, call), strict=True))
+            arrays.update((name, x) for name, x in made.items() if name in wanted)
+
+    logits, routed = mixtral.forward(Recorder(params, take).wrap(ops), config, params, inputs, choose=choose)
+    assert next(expected, None) is None, "the schedule does not match the model"
+    if "logits" in arrays:
+        arrays["logits"] = arrays["logits"].reshape(logits.shape)
     routing = mixtral.collect_routing(ops, routed)
     if routing is not None:
         routing = Routing(to_host(routing.ids), to_host(routing.weights), to_host(routing.logits))
-    return Trace(_in_order(config, arrays), recorder.calls, routing, inputs.tokens)
+    stored = "bfloat16" if is_bfloat16(params.tok_embeddings) else str(params.dtype)
+    return Trace(config, inputs.tokens, inputs.mask, routing, arrays, stored)
 
 
-def names(config: ModelConfig) -> list[str]:
-    """Return the names of a trace, in execution order."""
-    found = ["tok_embeddings"]
-    for i in range(config.num_layers):
-        inner = ["attention_norm", *(f"attention.{n}" for n in ("q", "k", "v", "q_rotated", "k_rotated"))]
-        inner += [*(f"attention.{n}" for n in ("scores", "probs", "context", "out")), "attention_residual", "ffn_norm"]
-        if not config.dense:
-            inner += [f"gating.{n}" for n in ("logits", "ids", "weights")]
-        inner += ["experts.hidden", "experts.slots", "experts.out", "out"]
-        found += [f"layers.{i}.{name}" for name in inner]
-    return [*found, "norm", "logits"]
-
-
-def _in_order(config: ModelConfig, arrays: dict[str, Array]) -> dict[str, Array]:
-    return {name: arrays[name] for name in names(config)}
-
-
-def _names(ops: Backend, config: ModelConfig, call: Call, prefix: str) -> dict[str, Array]:
-    """The named arrays that one call yields."""
+def _made(ops: Backend, call: Call) -> Sequence[Array]:
+    """The arrays that one call writes, in the schedule's order."""
     out, given = call.output, call.inputs
     if call.room == "rmsnorm":
-        named = {prefix: out[0]}
-        layer, _, norm = prefix.rpartition(".")
-        if norm == "ffn_norm":
-            named[f"{layer}.attention_residual"] = out[1]
-        else:  # this norm makes the sum that ended the block before it
-            number = config.num_layers if prefix == "norm" else int(layer.rpartition(".")[2])
-            if number:
-                named[f"layers.{number - 1}.out"] = out[1]
-        return named
-    if prefix.endswith("attention.qkv"):
-        return dict(zip((prefix[:-3] + name for name in "qkv"), out, strict=True))
-    if call.room == "linear":
-        return {prefix: out[0]}
+        return out[:1] if given["residual"] is None else (out[1], out[0])
     if call.room == "attention":
         inner = ops.attention.explain(*(given[name] for name in ("q", "k", "q_pos", "k_pos", "window")))
         B, T, H, C = out[0].shape
-        return {f"{prefix}.{n}": a for n, a in inner.items()} | {f"{prefix}.context": out[0].reshape(B * T, H * C)}
-    if call.room == "gating":
-        return {f"{prefix}.{name}": a for name, a in zip(("logits", "ids", "weights"), out, strict=True)}
+        return inner["scores"], inner["probs"], out[0].reshape(B * T, H * C)
     if call.room == "experts":
         w1, w2, w3 = (_on_host(given[name]) for name in ("w1", "w2", "w3"))
         inner = ops.experts.explain(given["x"], w1, w2, w3, given["ids"], given["weights"])
-        return {f"{prefix}.{n}": a for n, a in inner.items()} | {f"{prefix}.out": out[0]}
-    return {prefix: out} if prefix != "rope" else {}
+        return inner["hidden"], inner["slots"], out[0]
+    return out if isinstance(out, tuple | list) else [out]
+
+
+def _wanted(config: ModelConfig, shape: tuple[int, int], only: str | Iterable[str], itemsize: int) -> set[str]:
+    """The names that the patterns match, if they fit into memory."""
+    patterns = [only] if isinstance(only, str) else list(only)
+    every = names(config)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in every):
+            raise TraceError(f"no name of this trace matches {pattern!r}; names are like {', '.join(every[:4])}, …")
+    wanted = {name for name in every if any(fnmatchcase(name, pattern) for pattern in patterns)}
+    sizes = {name: itemsize * prod(schedule.shape(config, name, *shape)) for name in wanted}
+    total, free = sum(sizes.values()), free_memory()
+    if total > free:
+        kinds = {name.split(".", 2)[-1]: 0 for name in wanted}
+        for name, size in sizes.items():
+            kinds[name.split(".", 2)[-1]] += size
+        largest = ", ".join(sorted(kinds, key=lambda kind: -kinds[kind])[:2])
+        raise TraceError(
+            f"this trace would take {total / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: choose names, such as "
+            f"only=['layers.*.gating.*', 'logits'] (the largest are {largest})"
+        )
+    return wanted
 
 
 def _on_host(weights: Any) -> Any:
