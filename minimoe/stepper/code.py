@@ -1,0 +1,61 @@
+"""The source of an op in its three dialects, as text."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from functools import cache
+from types import CodeType, ModuleType
+from typing import Any
+
+from minimoe.backends import DIALECT_FILES
+
+DIALECTS = {"numpy": "array code", "numba": "Numba loops", "cuda": "CUDA"}
+
+
+@cache
+def sources(room: str, function: str) -> dict[str, str]:
+    """Return the code of one op by backend: the function, and what it calls in the same file, in the file's order.
+
+    A dialect that has no code of its own says what runs in its place.
+    """
+    return {name: _dialect(room, function, file) for name, file in DIALECT_FILES.items()}
+
+
+def _dialect(room: str, function: str, file: str) -> str:
+    path = f"minimoe.ops.{room}.{file}"
+    # Looked at, not imported: the CUDA dialect imports CuPy, which need not be there to be read.
+    spec = importlib.util.find_spec(path)
+    if spec is None:
+        return "# not written: the array code runs in its place" + (" over CuPy" if file == "cupy_gpu" else "")
+    if file == "cupy_gpu":
+        return inspect.cleandoc(spec.loader.get_source(path) or "")  # type: ignore[union-attr]
+    module = importlib.import_module(path)
+    if not hasattr(module, function):
+        return "# not written: the array code runs in its place"
+    found: dict[str, str] = {}
+    _collect(module, function, found)
+    order = sorted(found, key=lambda name: inspect.getsourcelines(_plain(getattr(module, name)))[1])
+    return "\n\n".join(found[name] for name in order)
+
+
+def _collect(module: ModuleType, name: str, found: dict[str, str]) -> None:
+    """Add a function's source, and those of all functions of the same module that it names."""
+    function = _plain(getattr(module, name, None))
+    if name in found or not inspect.isfunction(function) or function.__module__ != module.__name__:
+        return
+    found[name] = inspect.getsource(function).rstrip()
+    for other in _names(function.__code__):
+        _collect(module, other, found)
+
+
+def _names(code: CodeType) -> list[str]:
+    """The global names that a function uses, those of functions inside it too."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return [*code.co_names, *(name for each in inner for name in _names(each))]
+
+
+def _plain(function: Any) -> Any:
+    """The Python function behind a jitted one."""
+    return inspect.unwrap(getattr(function, "py_func", function)) if callable(function) else function

@@ -1,0 +1,157 @@
+import builtins
+import inspect
+import re
+
+import numpy as np
+import pytest
+
+import minimoe
+from minimoe.config import ModelConfig
+from minimoe.ops.gating import numba_cpu, reference
+from minimoe.plots.thumbnail import thumbnail
+from minimoe.stepper import Stepper
+from minimoe.stepper.arrays import array_html, numbers
+from minimoe.stepper.code import sources
+from minimoe.stepper.network import network_svg
+
+TEXT = "def f(x):\n    return <x>"
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return Stepper(minimoe.load("tiny", backend="numpy"), TEXT)
+
+
+def pixels(png):
+    import io
+
+    from matplotlib.image import imread
+
+    return imread(io.BytesIO(png))
+
+
+def test_there_is_a_step_for_every_call_of_the_schedule(steps):
+    assert [step.name for step in steps] == [step.name for step in steps.trace.steps]
+    for i, step in enumerate(steps):
+        page = steps.html(i)
+        assert f"{i + 1} of {len(steps)}: <code>{step.name}</code>" in page
+        for name in (*step.writes, *step.weights):
+            assert f"<code>{name}</code>" in page
+
+
+def test_the_numbers_are_those_of_the_trace_headed_by_their_tokens(steps):
+    i = next(i for i, step in enumerate(steps) if step.name == "layers.2.gating")
+    logits = steps.trace["layers.2.gating.logits"]
+    lines = re.search(r"layers\.2\.gating\.logits</code>.*?<pre[^>]*>(.*?)</pre>", steps.html(i), re.S)[1].splitlines()
+    assert lines[0].startswith("&lt;s&gt;")
+    for line, row in zip(lines[: len(logits)], logits.tolist(), strict=False):
+        assert [float(x) for x in line.rpartition("|")[2].split()] == [float(f"{x:.4g}") for x in row]
+
+
+def test_text_of_tokens_is_escaped(steps):
+    page = steps.html(1)
+    assert "<x>" not in page and "&lt;x" in page.replace("&lt;</code> <code>x", "&lt;x")
+
+
+def test_the_code_is_that_of_the_op_with_what_it_calls():
+    found = sources("gating", "forward")
+    assert list(found) == ["numpy", "numba", "cuda"]
+    assert inspect.getsource(reference.forward).rstrip() in found["numpy"]
+    assert inspect.getsource(numba_cpu.forward).rstrip() in found["numba"]
+    assert inspect.getsource(numba_cpu._choose_all.py_func).rstrip() in found["numba"]
+    assert "def backward" not in found["numba"]
+    where = [found["numba"].index(f"def {name}(") for name in ("forward", "_choose_all")]
+    assert where == sorted(where)
+
+
+def test_a_dialect_that_is_not_written_says_what_runs_instead():
+    assert "the array code runs in its place" in sources("sampling", "forward")["cuda"] or "cupy" in str(
+        sources("sampling", "forward")["cuda"]
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 2, 40])
+def test_the_map_marks_the_present_step_alone(layers):
+    config = ModelConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=4, num_layers=layers, num_heads=1, num_kv_heads=1, head_dim=4
+    )
+    for step in minimoe.schedule.schedule(config):
+        svg = network_svg(config, step)
+        here = re.findall(r'font-weight="bold"[^>]*>([^<]*)<', svg)
+        assert len(here) == (1 if step.layer is None else 2)
+        if step.layer is not None:
+            assert here[0] == f"layer {step.layer}"
+
+
+def test_the_static_page_folds_steps_and_says_how_many_are_left(steps):
+    page = steps.static()
+    assert page.count("<details") > 12 and "<script" not in page
+    assert f"{len(steps) - 12} further steps" in page
+    assert "further" not in steps.static(range(len(steps)))
+
+
+def test_next_and_back_move_the_slider_and_the_page(steps):
+    pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: pip install 'minimoe[notebooks]'")
+    box = steps.widget()
+    (back, forth, slider), page = box.children[0].children, box.children[1]
+    assert back.disabled and not forth.disabled and f"1 of {len(steps)}" in page.value
+    forth.click()
+    assert slider.value == 1 and "2 of" in page.value and "<code>tok_embeddings</code>" in page.value
+    back.click()
+    assert slider.value == 0 and "1 of" in page.value
+    slider.value = len(steps) - 1
+    assert forth.disabled and "<code>logits</code>" in page.value
+    forth.click()
+    assert slider.value == len(steps) - 1
+
+
+def test_without_widgets_the_static_page_is_what_is_shown(steps, monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.partition(".")[0] == "ipywidgets":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    bundle = steps._repr_mimebundle_()
+    assert set(bundle) == {"text/plain", "text/html"} and bundle["text/html"] == steps.static()
+
+
+def test_a_heat_map_has_a_pixel_a_number_coloured_by_sign():
+    image = pixels(thumbnail(np.array([[1.0, -1.0, 0.0], [np.nan, np.inf, 0.5]])))
+    assert image.shape[:2] == (2, 3)
+    orange, blue, white, nan, inf, half = image[:, :, :3].reshape(-1, 3)
+    assert orange[0] > orange[2] and blue[2] > blue[0] and (white > 0.98).all()
+    assert np.allclose(nan, inf) and np.ptp(nan) < 0.01
+    assert half[0] > half[2] and half.sum() > orange.sum()
+
+
+def test_a_large_array_is_averaged_over_tiles():
+    x = np.zeros((7, 9))
+    x[0, :3], x[6, 8] = [3.0, -3.0, 3.0], -1.0
+    image = pixels(thumbnail(x, most=(3, 7)))
+    assert image.shape[:2] == (7, 3)
+    assert image[0, 0, 0] > image[0, 0, 2]  # the mean of 3, -3 and 3 is positive
+    assert image[6, 2, 2] > image[6, 2, 0]
+
+
+@pytest.mark.parametrize("array", [np.zeros(0), np.zeros((0, 3)), np.float64(2.5), np.full((2, 2), -np.inf)])
+def test_arrays_with_nothing_to_see_are_shown_all_the_same(array):
+    page = array_html("x", array, "N D")
+    assert "<img" in page and "nan" not in page.split("<pre")[0]
+
+
+def test_what_is_left_out_of_the_numbers_is_said():
+    assert numbers(np.zeros((30, 3))).endswith("first 12 of 30 rows, 3 of 3 columns")
+    assert "first" not in numbers(np.zeros((12, 10)))
+
+
+def test_a_dense_model_steps_without_a_gate():
+    config = ModelConfig(
+        vocab_size=8, hidden_size=4, intermediate_size=4, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=4,
+        num_experts=1, num_experts_per_token=1, dense=True, bos_id=None, eos_id=None,
+    )  # fmt: skip
+    steps = Stepper(minimoe.random(config, backend="numpy"), [1, 2, 3])
+    assert all("gating" not in step.name for step in steps)
+    assert all(steps.html(i) for i in range(len(steps)))
