@@ -1,4 +1,4 @@
-"""The command line: `minimoe demo | generate | route | eval | info | train`, the same as `python -m minimoe …`.
+"""The command line: `minimoe demo | generate | route | eval | info | golden | train`, or `python -m minimoe …`.
 
 One file per command, imported only when it is asked for. Whatever a user can get wrong ends as one line on stderr,
 `minimoe: error: …`, and exit status 2.
@@ -19,6 +19,7 @@ COMMANDS = {
     "route": ("minimoe.cli.route", "which expert gets how much of each text, layer by layer"),
     "eval": ("minimoe.cli.evaluate", "loss, perplexity and expert balance on text files"),
     "info": ("minimoe.cli.info", "sizes, memory and FLOPs of a model, from its headers; --verify reads all of it"),
+    "golden": ("minimoe.cli.golden", "hold another implementation against golden vectors, and name its mistake"),
     "train": ("minimoe.training.command", "train a model in our own code"),
 }
 

@@ -1,11 +1,4 @@
-"""Hold an implementation's outputs against a golden kit. Needs Python and NumPy only: copy this file wherever you like.
-
-    python verify.py KIT OUTPUTS [--profile float32]
-
-A kit is a folder: manifest.json; cases/<id>.safetensors with the tensors `inputs/<name>`, `truth/<name>` (float64) and
-`truth32/<name>` (its rounding to float32); models/<name>/, Hugging Face checkpoints. README.md beside it is the
-specification. OUTPUTS is a folder of <id>.safetensors or <id>.npz that hold the outputs of the cases by name.
-"""
+"""A kit on disk: its manifest, its cases, their tensors."""
 
 from __future__ import annotations
 
@@ -93,6 +86,12 @@ class Case:
         """The Hugging Face checkpoint that the case computes with."""
         return None if self.model is None else self.kit / "models" / self.model
 
+    @property
+    def golden_ids(self) -> np.ndarray | None:
+        """The golden routing in the shape in which it can be imposed; None where the truth has none."""
+        layers = [self.truth[output.name] for output in self.outputs if is_routing(self, output.name)]
+        return None if not layers else np.stack(layers) if self.level == "model" else layers[0]
+
     def _under(self, prefix: str) -> dict[str, np.ndarray]:
         return {name.removeprefix(prefix): x for name, x in self._tensors.items() if name.startswith(prefix)}
 
@@ -101,43 +100,62 @@ def read_kit(folder: str | Path) -> tuple[dict[str, Any], list[Case]]:
     """Return the manifest of a kit and its cases."""
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except OSError:
         raise KitError(f"{folder}: not a golden kit: there is no manifest.json in it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KitError(f"{folder}/manifest.json: not JSON: {error}") from None
-    if manifest.get("version") != VERSION:
-        raise KitError(f"{folder}: kit version {manifest.get('version')!r}; this verifier reads version {VERSION}")
-    cases = []
-    for entry in manifest["cases"]:
-        outputs = tuple(
-            Output(o["name"], o["letters"], tuple(o["shape"]), o["kind"], o["required"], o.get("bounds", {}))
-            for o in entry["outputs"]
-        )
-        cases.append(
-            Case(
-                folder, entry["id"], entry["call"], entry["level"], entry["why"], entry["settings"], entry["model"],
-                tuple(entry["tags"]), tuple(entry["profiles"]), outputs,
-            )
-        )  # fmt: skip
+    version = manifest.get("version") if isinstance(manifest, dict) else None
+    if version != VERSION:
+        raise KitError(f"{folder}: kit version {version!r}; this verifier reads version {VERSION}")
+    try:
+        cases = [_case(folder, entry) for entry in manifest["cases"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise KitError(f"{folder}/manifest.json: not as manifest.schema.json says: {error!r}") from None
     return manifest, cases
+
+
+def _case(folder: Path, entry: dict[str, Any]) -> Case:
+    if ".." in Path(entry["id"]).parts or Path(entry["id"]).is_absolute():
+        raise KitError(f"{folder}/manifest.json: {entry['id']!r} leads out of the kit")
+    outputs = tuple(
+        Output(o["name"], o["letters"], tuple(o["shape"]), o["kind"], o["required"], o.get("bounds", {}))
+        for o in entry["outputs"]
+    )
+    return Case(
+        folder, entry["id"], entry["call"], entry["level"], entry["why"], entry["settings"], entry["model"],
+        tuple(entry["tags"]), tuple(entry["profiles"]), outputs,
+    )  # fmt: skip
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
     """Read a safetensors file; bfloat16 comes as float32."""
-    data = Path(path).read_bytes()
+    return read_safetensors(Path(path))[0]
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the tensors of a safetensors file, and its metadata."""
     try:
+        data = path.read_bytes()
         (length,) = struct.unpack("<Q", data[:8])
         header = json.loads(data[8 : 8 + length])
-        body, found = data[8 + length :], {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, stop = entry["data_offsets"]
-            array = np.frombuffer(body[start:stop], _TYPES[entry["dtype"]]).reshape(entry["shape"])
-            if entry["dtype"] == "BF16":
-                array = (array.astype(np.uint32) << 16).view(np.float32)
-            found[name] = array
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        metadata = header.pop("__metadata__", {})
+        body = memoryview(data)[8 + length :]
+        return {name: _tensor(body, entry) for name, entry in header.items()}, dict(metadata)
+    except OSError as error:
+        raise KitError(f"{path}: cannot be read: {error.strerror}") from None
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KitError(f"{path}: not a whole safetensors file ({error})") from None
-    return found
+
+
+def _tensor(body: memoryview, entry: dict[str, Any]) -> np.ndarray:
+    start, stop = entry["data_offsets"]
+    if not 0 <= start <= stop <= len(body):
+        raise ValueError(f"a tensor lies at bytes {start} to {stop} of {len(body)}")
+    array = np.frombuffer(body[start:stop], _TYPES[entry["dtype"]]).reshape(entry["shape"])
+    return (array.astype(np.uint32) << 16).view(np.float32) if entry["dtype"] == "BF16" else array
+
+
+def is_routing(case: Case, name: str) -> bool:
+    """Whether an output holds the experts that were chosen."""
+    return name.endswith("gating.ids") or (case.call == "gating" and name == "ids")

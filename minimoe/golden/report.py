@@ -1,0 +1,80 @@
+"""What this package adds to the stand-alone verifier: the likely mistake, and adapters held against a whole kit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minimoe.golden import verify
+from minimoe.golden.adapters import Adapter, NotOffered, outputs_of
+from minimoe.golden.verify import Case, CaseResult, Report
+
+VECTORS = Path(__file__).parent / "vectors"
+LARGE = 1 << 26  # bytes of a checkpoint on which known mistakes are still tried
+ANSI = {"red": "31", "green": "32", "yellow": "33", "bold": "1"}
+
+
+def likely(report: Report) -> list[str]:
+    """Name the mistakes that the failures look like: lines for `Report.text`, the likeliest first."""
+    given = [entry for entry in report.entries if entry[2] and not _large(entry[0].model_folder)]
+    if all(result.status == "pass" for _, result, _ in given):  # they count too: they contradict some mistakes
+        return []
+    from minimoe.golden import diagnose  # it takes the whole catalogue of mistakes with it
+
+    findings = diagnose.diagnose(given, report.profile)
+    return [line for finding in findings[:2] for line in str(finding).splitlines()]
+
+
+def _large(folder: Path | None) -> bool:
+    """Whether trying every known mistake on a checkpoint would take too long."""
+    return folder is not None and sum(path.stat().st_size for path in folder.glob("*.safetensors")) > LARGE
+
+
+def as_json(report: Report, lines: Sequence[str]) -> str:
+    """The report for machines, with the likely mistake."""
+    return json.dumps(json.loads(report.as_json()) | {"likely": list(lines)}, indent=1, ensure_ascii=False)
+
+
+def paint(text: str, colour: str) -> str:
+    """Colour a piece of text for a terminal."""
+    return f"\x1b[{ANSI[colour]}m{text}\x1b[0m"
+
+
+def check_adapter(
+    adapter: Adapter,
+    kit: str | Path = VECTORS,
+    only: Sequence[str] = (),
+    inference: bool = False,
+    progress: Callable[[Sequence[Case]], Iterable[Case]] = lambda cases: cases,
+) -> Report:
+    """Hold an adapter against a kit, in its own profile; what it does not offer is no failure.
+
+    Where it chooses other experts than the golden ones and can be made to take these, it is run a second time.
+
+    Parameters
+    ----------
+    progress : wraps the cases while they are run, as tqdm does
+    """
+    _, cases = verify.read_kit(kit)
+    chosen = verify.select(cases, adapter.profile, only, inference)
+
+    def load(case: Case) -> Mapping[str, Any] | None:
+        try:
+            return outputs_of(case, adapter.run(case))
+        except NotOffered:
+            return None
+
+    with contextlib.redirect_stdout(sys.stderr):  # what it prints is not part of the report
+        entries = verify.check(progress(chosen), load, adapter.profile)
+        if adapter.forces_routing:
+            for case, result, _ in entries:
+                _force(adapter, case, result)
+    return Report(str(kit), adapter.profile, entries, len(cases), allow_missing=True)
+
+
+def _force(adapter: Adapter, case: Case, result: CaseResult) -> None:
+    verify.force_routing(case, result, lambda ids: adapter.run(case, ids), adapter.profile)
