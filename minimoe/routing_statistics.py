@@ -8,11 +8,24 @@ section 5.
 from __future__ import annotations
 
 from math import comb
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from minimoe.shapes import Array
+
+
+def routed_ids(ids: Any) -> Int[Array, "L N k"]:
+    """Return expert ids as an array; refuse what holds no routing: None (a dense model), or nothing that was routed."""
+    if ids is None:
+        raise ValueError("a dense model has no router: there is nothing to route")
+    array = np.asarray(ids)
+    if array.ndim != 3 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"ids must be integers of shape (L, N, k), not {array.dtype} {array.shape}")
+    if not (array >= 0).any():
+        raise ValueError(f"none of the {array.shape[1]} tokens was routed: there is nothing to count or draw")
+    return array
 
 
 def shares(ids: Int[Array, "L N k"], num_experts: int) -> Float[Array, "L E"]:
@@ -102,14 +115,22 @@ def repeats(
 
     Both are NaN where there is no pair. Chance: `chance_of_repeats`.
     """
+    pairs, first, common = consecutive_pairs(ids, documents)
+    count = pairs.sum(axis=1).astype(np.float64)
+    return _per_pair(first, count), _per_pair(common, count)
+
+
+def consecutive_pairs(
+    ids: Int[Array, "L N k"], documents: Int[Array, " N"] | None = None
+) -> tuple[Bool[Array, "L N-1"], Bool[Array, "L N-1"], Bool[Array, "L N-1"]]:
+    """Return for each token and the next: whether the pair counts, has one first choice, has any expert in common."""
     before, after = ids[:, :-1], ids[:, 1:]  # (L, N-1, k)
     pairs = (before >= 0).all(axis=-1) & (after >= 0).all(axis=-1)  # (L, N-1)
     if documents is not None:
         pairs &= documents[:-1] == documents[1:]
     first = before[..., 0] == after[..., 0]
     common = (before[..., :, None] == after[..., None, :]).any(axis=(-2, -1))
-    count = pairs.sum(axis=1).astype(np.float64)
-    return _per_pair(first & pairs, count), _per_pair(common & pairs, count)
+    return pairs, first & pairs, common & pairs
 
 
 def _per_pair(same: Array, count: Float[Array, " L"]) -> Float[Array, " L"]:
@@ -138,3 +159,37 @@ def shuffled_repeats(
         results.append(repeats(ids[:, order], documents[order]))
     first, any_choice = zip(*results, strict=True)
     return np.array(first), np.array(any_choice)
+
+
+def router_entropy(logits: Float[Array, "L N E"]) -> Float[Array, "L N"]:
+    """Return the entropy in bits of softmax(logits) over all E experts: how undecided each token's router was."""
+    logits = np.asarray(logits, np.float64)
+    exps = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return entropy(exps / exps.sum(axis=-1, keepdims=True))
+
+
+def shuffled_logits(logits: Float[Array, "L N E"], *, seed: int = 0) -> Float[Array, "L N E"]:
+    """Deal each expert's logits out anew among the tokens of a layer, independently of the other experts'.
+
+    What remains is how large the logits of each expert are; what is lost is that they belong to one token. Margins and
+    entropies of the result are what chance gives with logits of this size.
+    """
+    return np.random.default_rng(seed).permuted(np.asarray(logits, np.float64), axis=1)
+
+
+def choice_differences(a: Int[Array, "L N k"], b: Int[Array, "L N k"]) -> Bool[Array, "L N"]:
+    """Return for which tokens two routings chose different sets of experts; the order of the slots does not count."""
+    a, b = routed_ids(a), routed_ids(b)
+    if a.shape != b.shape:
+        raise ValueError(f"two routings can be compared token by token only: {a.shape} and {b.shape} differ")
+    different: Array = (np.sort(a, axis=-1) != np.sort(b, axis=-1)).any(axis=-1)
+    return different
+
+
+def chance_of_difference(num_experts: int, k: int) -> float:
+    """Return how often two routers that choose evenly and independently choose different sets.
+
+    >>> round(100 * chance_of_difference(8, 2), 1)
+    96.4
+    """
+    return 1 - 1 / comb(num_experts, k)

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -19,51 +20,11 @@ from minimoe.plots.tokens import layout
 from minimoe.reading import read
 from minimoe.routing_statistics import shares
 from minimoe.tokenizer import Tokenizer
+from tests.plots.pictures import PIECES, assert_whole, random_ids
 from tests.small import TOKENIZER, save
 
 RNG = np.random.default_rng(0)
-PIECES = [
-    "def",
-    " add",
-    "(",
-    "a",
-    ",",
-    " b",
-    ")",
-    ":",
-    "\n    ",
-    "return",
-    " a$x_1$",
-    "+",
-    "世",
-    "\n\n",
-    "x" * 50,
-    "\t!",
-]
-
-
-def random_ids(L, N, E, k=2):
-    return np.argsort(RNG.random((L, N, E)), axis=-1)[..., :k]
-
-
-def texts_of(page):
-    """All text that shows, with its place in the figure."""
-    renderer = page.canvas.get_renderer() if hasattr(page.canvas, "get_renderer") else page._get_renderer()
-    shown = [t for t in page.findobj(Text) if t.get_text().strip() and t.get_visible()]
-    return [(t, t.get_window_extent(renderer)) for t in shown]
-
-
-def assert_whole(page):
-    """No text leaves the figure, and no two texts of different axes overlap."""
-    page.draw_without_rendering()
-    placed = texts_of(page)
-    width, height = page.get_size_inches() * page.dpi
-    for text, box in placed:
-        assert box.x0 >= 2 and box.y0 >= 2 and box.x1 <= width - 2 and box.y1 <= height - 2, text.get_text()
-    for (one, a), (other, b) in itertools.combinations(placed, 2):
-        if one.axes is not other.axes or one.axes is None:
-            overlap = min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
-            assert not overlap, f"{one.get_text()!r} over {other.get_text()!r}"
+FIGURES = Path(__file__).parents[1] / "figures"
 
 
 def panels(page):
@@ -95,7 +56,7 @@ def test_shares_of_nothing_and_of_everything():
         "share-0-0": "0", "share-0-1": "100", "share-0-2": "0", "share-0-3": "0",
     }  # fmt: skip
     assert axes.images[0].get_array()[0].tolist() == [-2, 2, -2, -2]
-    assert_whole(page)
+    assert_whole(page, inside=False)
 
 
 @pytest.mark.parametrize("layers", [None, [1], [0, 1, 2, 3]])
@@ -167,7 +128,7 @@ def test_the_overview_shows_shares_and_tokens_of_one_text():
     ids = random_ids(6, len(tokens), 8)
     share = RNG.dirichlet(np.ones(8), (6, 6))
     page = plots.routing_overview(share, texts.names(), tokenizer.pieces(tokens), ids, text_name="python")
-    assert_whole(page)
+    assert_whole(page, inside=False)
     for g, axes in enumerate(panels(page)):
         np.testing.assert_allclose(axes.images[0].get_array(), np.clip(np.log2(8 * share[g]), -2, 2))
     shown = {c.get_gid(): to_hex(c.get_facecolors()[0]) for c in page.findobj(PolyCollection)}
@@ -177,12 +138,14 @@ def test_the_overview_shows_shares_and_tokens_of_one_text():
 @pytest.mark.parametrize(("G", "L", "E"), [(1, 1, 2), (2, 3, 8), (7, 6, 8), (3, 32, 8), (2, 4, 16), (1, 2, 64)])
 def test_shares_of_any_size_are_whole(G, L, E):
     names = [f"a rather long name of a text file, number {g}.txt" for g in range(G)]
-    assert_whole(plots.expert_shares(RNG.dirichlet(np.ones(E), (G, L)), names, title="Shares"))
+    assert_whole(plots.expert_shares(RNG.dirichlet(np.ones(E), (G, L)), names, title="Shares"), inside=False)
 
 
 @pytest.mark.parametrize(("L", "E", "title"), [(1, 8, "A title"), (1, 64, "A title"), (6, 8, "A title"), (6, 24, None)])
 def test_tokens_of_any_model_are_whole(L, E, title):
-    assert_whole(plots.token_colours(PIECES * 4, random_ids(L, 4 * len(PIECES), E), title=title, num_experts=E))
+    assert_whole(
+        plots.token_colours(PIECES * 4, random_ids(L, 4 * len(PIECES), E), title=title, num_experts=E), inside=False
+    )
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -255,9 +218,19 @@ def test_eight_experts_can_be_told_apart_by_everyone(deficiency):
     assert min(distances.values()) > 12, min(distances, key=distances.get)  # 2.3 is just noticeable
 
 
-def test_readmes_figure_is_the_routing_of_the_shipped_texts(folder_of_small_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("minimoe.model.BUNDLED", folder_of_small_model)
-    model = load("tiny", backend="numpy")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What the command writes, of a small model: {name: PNG}, and that model."""
+    folder = tmp_path_factory.mktemp("figures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minimoe.model.BUNDLED", save(folder / "tiny").parent)
+        model = load("tiny")
+        readme.main(folder / "figures")
+    return {path.stem: path.read_bytes() for path in (folder / "figures").iterdir()}, model
+
+
+def test_readmes_figure_is_the_routing_of_the_shipped_texts(written):
+    pictures, model = written
     page = readme.routing_figure(model)
     for name, axes in zip(texts.names(), panels(page), strict=True):
         [found] = [read(model.ops, model.config, model.params, model.tokenizer, texts.load()[name])]
@@ -265,9 +238,13 @@ def test_readmes_figure_is_the_routing_of_the_shipped_texts(folder_of_small_mode
             counts = Counter(found.ids[layer].reshape(-1).tolist())
             drawn = [t.get_text() for t in axes.texts if (t.get_gid() or "").startswith(f"share-{layer}-")]
             assert drawn == [f"{100 * counts[e] / found.ids[layer].size:.0f}" for e in range(8)]
-    assert (readme.main(tmp_path / "figures") / "routing.png").read_bytes() == page._repr_png_()
+    assert pictures["routing"] == readme.small_png(page)
 
 
-@pytest.fixture
-def folder_of_small_model(tmp_path):
-    return save(tmp_path / "tiny").parent
+def test_the_command_writes_a_small_picture_of_every_kind(written):
+    pictures, _ = written
+    assert set(pictures) == {path.stem for path in FIGURES.glob("*.png")}, "run python -m minimoe.plots.readme"
+    assert len(pictures) >= 15
+    for name, data in pictures.items():
+        assert data.startswith(b"\x89PNG") and len(data) <= 150_000, name
+    assert all(path.stat().st_size <= 150_000 for path in FIGURES.glob("*.png"))

@@ -5,7 +5,11 @@ import math
 import numpy as np
 import pytest
 
+import minimoe
+from minimoe import repetition, routing_pairs, texts
 from minimoe import routing_statistics as rs
+from minimoe.reading import read
+from minimoe.token_types import TYPES, token_types
 
 RNG = np.random.default_rng(0)
 
@@ -129,3 +133,70 @@ def test_shuffled_order_stays_inside_documents():
     documents = np.repeat([0, 1], 50)
     ids = documents[None, :, None]  # one expert per document
     np.testing.assert_array_equal(rs.shuffled_repeats(ids, documents, shuffles=3)[0], np.ones((3, 1)))
+
+
+def test_what_holds_no_routing_is_refused():
+    with pytest.raises(ValueError, match="a dense model has no router: there is nothing to route"):
+        rs.routed_ids(None)
+    with pytest.raises(ValueError, match="none of the 5 tokens was routed"):
+        rs.routed_ids(np.full((2, 5, 2), -1))
+    with pytest.raises(ValueError, match="must be integers of shape"):
+        rs.routed_ids(np.zeros((2, 5)))
+
+
+def test_consecutive_pairs_by_hand():
+    ids = np.array([[[0, 1], [1, 0], [1, 2], [3, 0], [-1, -1]]])
+    pairs, first, common = rs.consecutive_pairs(ids, np.array([7, 7, 7, 8, 8]))
+    assert pairs.tolist() == [[True, True, False, False]]
+    assert first.tolist() == [[False, True, False, False]]
+    assert common.tolist() == [[True, True, False, False]]
+
+
+def test_the_entropy_of_a_router_by_hand():
+    logits = np.log(np.array([[[1.0, 1, 1, 1], [1, 1, 1e-300, 1e-300]]])) + 700
+    np.testing.assert_allclose(rs.router_entropy(logits), [[2.0, 1.0]])
+
+
+def test_shuffled_logits_keep_what_each_expert_has_and_lose_what_belongs_together():
+    logits = np.repeat(RNG.normal(size=(2, 500, 1)), 4, axis=2) + np.arange(4)  # all experts alike for a token
+    shuffled = rs.shuffled_logits(logits)
+    np.testing.assert_array_equal(np.sort(shuffled, axis=1), np.sort(logits, axis=1))
+    assert np.corrcoef(logits[0].T)[0, 1] == pytest.approx(1) and abs(np.corrcoef(shuffled[0].T)[0, 1]) < 0.15
+
+
+def test_sets_of_experts_differ_whatever_their_order():
+    a = np.array([[[0, 1], [2, 3], [1, 0]]])
+    assert rs.choice_differences(a, np.array([[[1, 0], [2, 4], [1, 0]]])).tolist() == [[False, True, False]]
+    with pytest.raises(ValueError, match="token by token only"):
+        rs.choice_differences(a, a[:, :2])
+
+
+@pytest.mark.parametrize(("E", "k"), [(8, 2), (4, 1), (5, 3)])
+def test_independent_even_choices_differ_as_often_as_chance_says(E, k):
+    found = rs.choice_differences(random_ids(1, 20000, E, k), random_ids(1, 20000, E, k)).mean()
+    assert found == pytest.approx(rs.chance_of_difference(E, k), abs=0.012)
+
+
+def test_backends_give_the_same_statistics():
+    """In float64 both backends choose the same experts, and what is counted on them is the same to the last bit."""
+    found = []
+    for backend in ("numpy", "numba"):
+        model = minimoe.load("tiny", backend=backend, dtype="float64")
+        routings, kinds = {}, {}
+        for name, text in texts.load().items():
+            reading = read(model.ops, model.config, model.params, model.tokenizer, text[:700], name=name)
+            routings[name], kinds[name] = reading.ids, token_types(model.tokenizer.pieces(reading.tokens.tolist()))
+        ids = np.concatenate(list(routings.values()), axis=1)
+        labels = np.concatenate(list(kinds.values()))
+        found.append(
+            {
+                "ids": ids,
+                "shares": rs.shares(ids, 8),
+                "pairs": routing_pairs.independent_coactivation(routing_pairs.coactivation(ids, 8)),
+                "paths": routing_pairs.transitions(ids, 8),
+                "kinds": routing_pairs.specialisation(ids, labels, 8, len(TYPES)),
+                "table": repetition.repeat_table(routings, 8).to_csv(),
+            }
+        )
+    for name, one in found[0].items():
+        assert np.array_equal(one, found[1][name]), name

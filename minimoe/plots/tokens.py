@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from minimoe.colours import expert_colour, ink
 from minimoe.display import RETURN, shown_piece
-from minimoe.plots.page import CHARACTER, MARGIN, MONO, Page, styled
+from minimoe.plots.page import CHARACTER, MARGIN, MONO, Page, checked_layers, styled
 from minimoe.shapes import Array
 
 _SIZE = 8.0  # points
@@ -135,6 +135,15 @@ def _drawable(text: str) -> str:
     return "".join(c if ord(c) in _characters_of_font() else "□" for c in text)
 
 
+def drawable_piece(piece: str) -> str:
+    """Show one token on one line: line ends and tabs as arrows, a space as a low bracket.
+
+    >>> drawable_piece(" a\\n")
+    '␣a↵'
+    """
+    return _drawable(shown_piece(piece).replace("\t", "→").replace("\n", RETURN).replace(" ", "␣"))
+
+
 def middle_layers(num_layers: int) -> list[int]:
     """Return the first, the middle and the last layer, as the paper's figures show them (0, 15 and 31 of 32).
 
@@ -169,9 +178,7 @@ def token_colours(
     first = ids[..., 0] if ids.ndim == 3 else ids
     if first.ndim != 2 or first.shape[1] != len(pieces) or not len(pieces):
         raise ValueError(f"ids must have shape (L, N) or (L, N, k) with N = {len(pieces)} pieces, not {ids.shape}")
-    layers = middle_layers(len(first)) if layers is None else layers
-    if not layers or not all(0 <= layer < len(first) for layer in layers):
-        raise ValueError(f"layers must name some of the {len(first)} layers from 0, not {list(layers)}")
+    layers = checked_layers(layers, len(first), middle_layers(len(first)))
     columns = min(3, len(layers))
     width = 3.1 * columns + _GAP * (columns - 1) if columns > 1 else 6.0
     block = TokensBlock(pieces, first, layers, width, columns, max_lines)

@@ -1,0 +1,141 @@
+"""The roofline: how fast each op runs, against what the machine's memory and arithmetic allow.
+
+attainable(intensity) = min(peak, bandwidth · intensity). Source: Williams, Waterman and Patterson, Communications of
+the ACM 52(4), 2009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from minimoe.colours import ink
+from minimoe.plots.page import FAINT, INK, MARGIN, Head, Page, shortened, styled
+from minimoe.plots.training import SERIES
+from minimoe.shapes import Array
+
+_WIDE, _TALL, _LEFT, _TABLE, _ROW = 6.2, 4.4, 0.55, 3.9, 0.19
+_MARKS = "osD^vP"
+
+
+def attainable(intensity: Float[Array, " n"], bandwidth: float, peak: float) -> Float[Array, " n"]:
+    """Return the floating-point operations per second that memory and arithmetic allow.
+
+    >>> attainable(np.array([1.0, 100.0]), bandwidth=30e9, peak=350e9).tolist()
+    [30000000000.0, 350000000000.0]
+    """
+    reached: Array = np.minimum(peak, bandwidth * np.asarray(intensity, np.float64))
+    return reached
+
+
+@styled
+def roofline(
+    intensity: Float[Array, " n"],
+    speed: Float[Array, " n"],
+    labels: Sequence[str],
+    backends: Sequence[str],
+    *,
+    bandwidth: Mapping[str, float],
+    peak: Mapping[str, float],
+    title: str = "The roofline of each backend",
+) -> Page:
+    """Draw measured ops under the roofs of their backends, and list them beside the picture.
+
+    Parameters
+    ----------
+    intensity : (n,) floating-point operations per byte that must be moved, > 0
+    speed : (n,) floating-point operations per second, > 0
+    labels : n names of what was measured
+    backends : n names of the backend of each
+    bandwidth, peak : backend -> bytes per second, floating-point operations per second; backends on one machine that
+        have the same roof share one line
+    title : above all
+    """
+    x, y = np.asarray(intensity, np.float64), np.asarray(speed, np.float64)
+    _check(x, y, labels, backends, bandwidth, peak)
+    width = _LEFT + _WIDE + 0.4 + _TABLE
+    told = "Each point is an op. None can be above its roof: memory limits the slope, arithmetic the flat part."
+    head = Head(title, told, width)
+    tall = max(_TALL, _ROW * (len(x) + 3.2 * len(bandwidth)))
+    page = Page(width + 2 * MARGIN, 2 * MARGIN + head.height + tall + 0.5)
+    top = head.draw(page)
+    axes = page.chart(MARGIN + _LEFT, top, _WIDE, tall, grid="both")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    names = list(bandwidth)
+    low, high = _limits(x, y, bandwidth, peak)
+    for i, name in enumerate(names):
+        _draw_roof(axes, bandwidth[name], peak[name], (low, high), SERIES[i % len(SERIES)], name)
+    _draw_points(axes, x, y, [names.index(backend) for backend in backends])
+    axes.set_xlim(low, high)
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:g}"))
+    axes.set_xlabel("operations per byte", fontsize=8.5, color=FAINT)
+    axes.set_ylabel("GFLOP/s", fontsize=8.5, color=FAINT)
+    _draw_table(page, MARGIN + _LEFT + _WIDE + 0.4, top, x, y, labels, backends, names, bandwidth, peak)
+    return page
+
+
+def _draw_points(axes: Axes, x: Array, y: Array, which: Sequence[int]) -> None:
+    for n in range(len(x)):
+        i = which[n]
+        colour = SERIES[i % len(SERIES)]
+        look: Any = {
+            "markersize": 10.5, "color": colour, "markeredgecolor": "white", "markeredgewidth": 0.8, "linestyle": "",
+        }  # fmt: skip
+        axes.plot([x[n]], [y[n]], marker=_MARKS[i % len(_MARKS)], gid=f"point-{n}", zorder=3, **look)
+        axes.text(x[n], y[n], str(n + 1), fontsize=6.5, color=ink(colour), ha="center", va="center_baseline", zorder=4)
+
+
+def _check(
+    x: Array, y: Array, labels: Sequence[str], backends: Sequence[str], bandwidth: Mapping[str, float],
+    peak: Mapping[str, float],
+) -> None:  # fmt: skip
+    if x.ndim != 1 or not len(x) == len(y) == len(labels) == len(backends) or not len(x):
+        raise ValueError(
+            f"{len(labels)} labels need as many points and backends, not {x.shape}, {y.shape}, {len(backends)}"
+        )
+    if not (np.isfinite(x) & np.isfinite(y) & (x > 0) & (y > 0)).all():
+        raise ValueError("intensity and speed must be positive and finite: the axes are logarithmic")
+    if missing := sorted(set(backends) - (set(bandwidth) & set(peak))):
+        raise ValueError(f"bandwidth and peak must name every backend; {', '.join(missing)} is missing")
+
+
+def _limits(x: Array, y: Array, bandwidth: Mapping[str, float], peak: Mapping[str, float]) -> tuple[float, float]:
+    """Show all points, and the ridge of every roof."""
+    ridges = [peak[name] / bandwidth[name] for name in bandwidth]
+    return min(x.min(), *ridges) / 3, max(x.max(), *ridges) * 4
+
+
+def _draw_roof(axes: Axes, bandwidth: float, peak: float, limits: tuple[float, float], colour: str, name: str) -> None:
+    ridge = peak / bandwidth
+    x = np.array([limits[0], ridge, limits[1]])
+    axes.plot(x, attainable(x, bandwidth, peak), color=colour, linewidth=1.8, gid=f"roof-{name}")
+
+
+def _draw_table(
+    page: Page, left: float, top: float, x: Array, y: Array, labels: Sequence[str], backends: Sequence[str],
+    names: Sequence[str], bandwidth: Mapping[str, float], peak: Mapping[str, float],
+) -> None:  # fmt: skip
+    """List the points by backend, with their speed and what part of the roof it is."""
+    for i, name in enumerate(names):
+        page.write(left, top, name, 9, weight="bold", color=SERIES[i % len(SERIES)])
+        page.write(left + 3.1, top + 0.01, "GFLOP/s", 7.5, color=FAINT, ha="right")
+        page.write(left + _TABLE, top + 0.01, "of roof", 7.5, color=FAINT, ha="right")
+        roof_told = f"roof {peak[name] / 1e9:,.3g} GFLOP/s, {bandwidth[name] / 1e9:,.3g} GB/s"
+        page.write(left, top + 0.18, roof_told, 7.5, color=FAINT)
+        top += 0.4
+        for n in [n for n in range(len(x)) if backends[n] == name]:
+            roof = float(attainable(x[n : n + 1], bandwidth[name], peak[name])[0])
+            page.write(left + 0.2, top, str(n + 1), 8, color=FAINT, ha="right")
+            page.write(left + 0.3, top, shortened(labels[n], 2.1, 0.075), 8, color=INK)
+            page.write(left + 3.1, top, f"{y[n] / 1e9:,.3g}", 8, ha="right")
+            page.write(left + _TABLE, top, f"{100 * y[n] / roof:.0f}%", 8, ha="right", gid=f"of-roof-{n}")
+            top += _ROW
+        top += 0.16
