@@ -24,16 +24,13 @@ from minimoe.arrays import is_bfloat16
 from minimoe.shapes import Array
 
 # Threads of GNU OpenMP spin for milliseconds after a parallel loop, in case another follows, and so take a core from
-# the BLAS threads of the next matrix product, or from another process. Asleep they cost 7 µs more per loop when the
+# the threads of the next matrix product, or from another process. Asleep they cost 7 µs more per loop when the
 # machine is idle; when it is busy the same loop takes 8 µs instead of a scheduler's slice of 17 ms. libgomp reads this
 # when the first parallel loop is compiled. What the user has set stays, and so does Numba's order of layers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What a reduction needs to vectorise; NaN and Inf keep their meaning (no nnan, no ninf).
 FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
-
-# Weights widened from bfloat16 at a time: 4 MiB in float32, which a cache holds.
-BLOCK_OF_WEIGHTS = 1 << 20
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +40,7 @@ def cache_folder() -> str:
     """The folder of compiled loops: $NUMBA_CACHE_DIR or the user's cache, then a hash of this package's sources."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("ops/*/numba_cpu.py"), package / "loops.py"]):
+    for path in sorted([*package.glob("ops/*/numba_cpu.py"), package / "loops.py", package / "products.py"]):
         digest.update(path.read_bytes())
     home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     base = os.environ.get("NUMBA_CACHE_DIR") or str(Path(home, "minimoe"))
@@ -165,54 +162,6 @@ def dot_rows(x, w, row):
     """x · w[row], ..., x · w[row + 3]; the last row stands for those past the end."""
     last = w.shape[0] - 1
     return four_dots(x, w[row], w[min(row + 1, last)], w[min(row + 2, last)], w[min(row + 3, last)])
-
-
-@jit(parallel=True)
-def _widen_all(x, out):
-    for row in numba.prange(x.shape[0]):
-        source, target = x[row], out[row]
-        for i in range(x.shape[1]):
-            target[i] = widen(source[i])
-
-
-@jit(parallel=True)
-def _round_all(x, out):
-    for row in numba.prange(x.shape[0]):
-        source, target = x[row], out[row]
-        for i in range(x.shape[1]):
-            target[i] = rounded(source[i])
-
-
-def widened(w: Array) -> Array:
-    """Return the matrix `w` in a type that BLAS takes; ml_dtypes would widen on one core, and slowly."""
-    if not is_bfloat16(w):
-        return w
-    out = np.empty(w.shape, np.float32)
-    _widen_all(storage(np.ascontiguousarray(w)), out)
-    return out
-
-
-def operand(x: Array, *others: Array) -> Array:
-    """Return the matrix `x` as the operand of products with `others`: rounded if any of them is stored in bfloat16."""
-    if not any(is_bfloat16(w) for w in others):
-        return np.ascontiguousarray(x)
-    out = np.empty(x.shape, np.float32)
-    _round_all(np.ascontiguousarray(x, np.float32), out)
-    return out
-
-
-def product(x: Array, w: Array, out: Array | None = None) -> Array:
-    """Return x · wᵀ by NumPy's BLAS for an `x` that `operand` made.
-
-    A bfloat16 `w` is widened a few rows at a time: the float32 copy stays in the cache and is never written to memory.
-    """
-    if not is_bfloat16(w):
-        return np.matmul(x, w.T, out=out)
-    out = np.empty((len(x), len(w)), np.float32) if out is None else out
-    step = max(1, BLOCK_OF_WEIGHTS // w.shape[1])
-    for row in range(0, len(w), step):
-        np.matmul(x, widened(w[row : row + step]).T, out=out[:, row : row + step])
-    return out
 
 
 def keep_freed_memory() -> bool:

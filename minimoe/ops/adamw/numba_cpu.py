@@ -13,7 +13,7 @@ from numba import prange
 from minimoe.loops import FAST, jit
 from minimoe.shapes import Array
 
-SMALL = 1 << 14  # numbers; below, starting the threads costs more than they save
+SMALL = 1 << 17  # numbers; below, starting the threads costs more than they save
 BLOCK = 1 << 13  # numbers that are squared and added up by one thread, whatever the number of threads
 
 

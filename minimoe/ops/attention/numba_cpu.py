@@ -106,7 +106,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, 
     qT = _load_lanes(q, b, kh, G, start, lanes, bf16)  # (C, lanes)
     rows = _load_rows(k, q.dtype, b, kh, first, last)  # (S', C)
     scores = np.zeros((rows.shape[0], LANES), q.dtype)
-    _add_columns(scores, rows, qT, 0, LANES)
+    _add_columns(scores, rows, qT, 0, LANES, LANES)
     top = np.full(LANES, -np.inf, q.dtype)
     _mask(scores, position, lanes, k_pos[b], first, last, window, q.dtype.type(scale))
     for s in range(scores.shape[0]):
@@ -134,7 +134,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, 
     # out = Σ_s probs · v; dividing C sums by the total is cheaper than dividing S probabilities
     rows = _load_rows(v, q.dtype, b, kh, first, last)
     outT = np.zeros(qT.shape, q.dtype)
-    _add_columns(outT, rows.T, scores, 0, LANES)
+    _add_columns(outT, rows.T, scores, 0, LANES, LANES)
     for lane in range(lanes):
         t, h = (start + lane) // G, kh * G + (start + lane) % G
         for c in range(C):
@@ -172,8 +172,9 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, d
         first, last = first // 4 * 4, (last + 3) // 4 * 4  # `_add_columns` takes rows in fours
         seen_keys, seen_values = keys[first:last], values[first:last]  # what lies behind S is zero
         # forward: probs = exp(scores - lse)
+        qT = _load_lanes(q, b, kh, G, start, lanes, bf16)
         probs = np.zeros((last - first, LANES), q.dtype)
-        _add_columns(probs, seen_keys, _load_lanes(q, b, kh, G, start, lanes, bf16), 0, LANES)
+        _add_columns(probs, seen_keys, qT, 0, LANES, LANES)
         _mask(probs, position, lanes, k_pos[b], first, min(last, S), window, factor)
         for s in range(probs.shape[0]):
             row = probs[s]
@@ -181,8 +182,9 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, d
                 row[lane] = exp(row[lane] - norm[lane])
         # forward: out = probs · v, and v serves the G query heads of its group
         _add_product(dvalues[first:last], probs, _load_queries(dout, b, kh, G, start, lanes))
+        doutT = _load_lanes(dout, b, kh, G, start, lanes, False)
         dscores = np.zeros(probs.shape, q.dtype)
-        _add_columns(dscores, seen_values, _load_lanes(dout, b, kh, G, start, lanes, False), 0, LANES)  # now dprobs
+        _add_columns(dscores, seen_values, doutT, 0, LANES, LANES)  # now dprobs
         # forward: probs = softmax(scores);  Σ_s probs · dprobs = dout · out;  scores = q · kᵀ / sqrt(C)
         for s in range(probs.shape[0]):
             drow, row = dscores[s], probs[s]
@@ -190,7 +192,7 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, d
                 drow[lane] = row[lane] * (drow[lane] - delta[lane]) * factor
         _add_product(dkeys[first:last], dscores, _load_queries(q, b, kh, G, start, lanes))
         dqT = np.zeros((keys.shape[1], LANES), q.dtype)
-        _add_columns(dqT, seen_keys.T, dscores, 0, LANES)
+        _add_columns(dqT, seen_keys.T, dscores, 0, LANES, LANES)
         for lane in range(lanes):
             t, h = (start + lane) // G, kh * G + (start + lane) % G
             for c in range(C):
@@ -267,36 +269,45 @@ def _load_rows(x, dtype, b, kh, first, last):
 
 
 @jit(inline="always")
-def _add_columns(out, a, b, start, width):
+def _add_columns(out, a, b, start, width, stride):
     """Columns start.. of out += a · b, where rows and columns of `a` come in fours.
 
-    Sixteen factors stay in registers while the vectors of four rows of `out` and of `b` pass by.
+    Sixteen factors stay in registers while the vectors of four rows of `out` and of `b` pass by. Both arrays are read
+    as flat ones with rows `stride` apart, which is constant: of eight rows by themselves the compiled loop would have
+    to find out, each time, that none overlaps another, and that took longer than the arithmetic.
     """
-    stop = start + width
+    flat_out, flat_b = out.reshape(-1), b.reshape(-1)
     for m in range(0, a.shape[0], 4):
-        y0, y1, y2, y3 = out[m, start:stop], out[m + 1, start:stop], out[m + 2, start:stop], out[m + 3, start:stop]
+        y = flat_out[m * stride + start : (m + 4) * stride]
         for i in range(0, a.shape[1], 4):
+            x = flat_b[i * stride + start : (i + 4) * stride]
             a00, a01, a02, a03 = a[m, i], a[m, i + 1], a[m, i + 2], a[m, i + 3]
             a10, a11, a12, a13 = a[m + 1, i], a[m + 1, i + 1], a[m + 1, i + 2], a[m + 1, i + 3]
             a20, a21, a22, a23 = a[m + 2, i], a[m + 2, i + 1], a[m + 2, i + 2], a[m + 2, i + 3]
             a30, a31, a32, a33 = a[m + 3, i], a[m + 3, i + 1], a[m + 3, i + 2], a[m + 3, i + 3]
-            b0, b1, b2, b3 = b[i, start:stop], b[i + 1, start:stop], b[i + 2, start:stop], b[i + 3, start:stop]
             for j in range(width):  # a constant: the loop is unrolled into whole vectors
-                x0, x1, x2, x3 = b0[j], b1[j], b2[j], b3[j]
-                y0[j] = y0[j] + a00 * x0 + a01 * x1 + a02 * x2 + a03 * x3
-                y1[j] = y1[j] + a10 * x0 + a11 * x1 + a12 * x2 + a13 * x3
-                y2[j] = y2[j] + a20 * x0 + a21 * x1 + a22 * x2 + a23 * x3
-                y3[j] = y3[j] + a30 * x0 + a31 * x1 + a32 * x2 + a33 * x3
+                j1, j2, j3 = j + stride, j + 2 * stride, j + 3 * stride
+                x0, x1, x2, x3 = x[j], x[j1], x[j2], x[j3]
+                y[j] = y[j] + a00 * x0 + a01 * x1 + a02 * x2 + a03 * x3
+                y[j1] = y[j1] + a10 * x0 + a11 * x1 + a12 * x2 + a13 * x3
+                y[j2] = y[j2] + a20 * x0 + a21 * x1 + a22 * x2 + a23 * x3
+                y[j3] = y[j3] + a30 * x0 + a31 * x1 + a32 * x2 + a33 * x3
 
 
 @jit(inline="always")
 def _add_product(out, a, b):
     """out += a · b for a `b` of 32, 64, 96, ... columns."""
-    wide = b.shape[1] // 64 * 64
-    for start in range(0, wide, 64):
-        _add_columns(out, a, b, start, 64)
-    if wide < b.shape[1]:
-        _add_columns(out, a, b, wide, 32)
+    stride = b.shape[1]
+    if stride == 32:
+        _add_columns(out, a, b, 0, 32, 32)
+    elif stride == 64:
+        _add_columns(out, a, b, 0, 64, 64)
+    elif stride == 128:
+        for start in (0, 64):
+            _add_columns(out, a, b, start, 64, 128)
+    else:
+        for start in range(0, stride, 32):
+            _add_columns(out, a, b, start, 32, stride)
 
 
 @jit(parallel=True)

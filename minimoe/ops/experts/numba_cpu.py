@@ -17,8 +17,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, addresses, dot_rows, jit, operand, pointer, product, rounded, sigmoid, storage, widened
+from minimoe.loops import FAST, addresses, dot_rows, jit, pointer, rounded, sigmoid, storage
 from minimoe.ops.experts import Saved
+from minimoe.products import Product, compute, operand
 from minimoe.shapes import Array
 
 FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
@@ -49,14 +50,13 @@ def forward(
         xs = np.empty((len(pairs), D), x.dtype)
         _gather(x, pairs, k, xs)  # (N, D) -> (M, D)
         gate_in, up = (np.empty((len(pairs), F), x.dtype) for _ in range(2))
-        for e, rows in _segments(offsets):
-            product(xs[rows], w1[e], out=gate_in[rows])  # (M_e, D) -> (M_e, F)
-            product(xs[rows], w3[e], out=up[rows])
+        segments = _segments(offsets)
+        halves = ((w1, gate_in), (w3, up))  # each (M_e, D) -> (M_e, F)
+        compute([Product([(xs[rows], w[e].T)], y[rows]) for e, rows in segments for w, y in halves])
         hidden = np.empty_like(up)
         _swiglu(gate_in, up, is_bfloat16(w2[0]), hidden)
         ys = xs  # xs is read no more, and has the shape of the results
-        for e, rows in _segments(offsets):
-            product(hidden[rows], w2[e], out=ys[rows])  # (M_e, F) -> (M_e, D)
+        compute([Product([(hidden[rows], w2[e].T)], ys[rows]) for e, rows in segments])  # (M_e, F) -> (M_e, D)
     _combine(ys, place, weights, out, slots)
     return out, Saved(pairs, offsets, gate_in, up, slots) if keep else None
 
@@ -83,25 +83,27 @@ def backward(
     _gather_weighted(dout, weights.reshape(-1), pairs, k, dys)
     # forward: y = hidden · w2ᵀ, hidden = silu(gate_in) ⊙ up
     dhidden = np.empty((M, F), x.dtype)
-    for e, rows in _segments(offsets):
-        np.matmul(dys[rows], widened(w2[e]), out=dhidden[rows])  # (M_e, D) -> (M_e, F)
+    segments = _segments(offsets)
+    compute([Product([(dys[rows], w2[e])], dhidden[rows]) for e, rows in segments])  # (M_e, D) -> (M_e, F)
     hidden, dgate_in = np.empty_like(dhidden), np.empty_like(dhidden)
     _swiglu_backward(saved.gate_in, saved.up, dhidden, hidden, dgate_in)
     dup = dhidden
     # forward: gate_in = xe · w1ᵀ, up = xe · w3ᵀ
     dw1, dw2, dw3 = (np.empty((E, *shape), x.dtype) for shape in ((F, D), (D, F), (F, D)))
-    dxs, part = np.empty((M, D), x.dtype), np.empty((M, D), x.dtype)
+    dxs = np.empty((M, D), x.dtype)
+    products = []
     for e in range(E):
         rows = slice(offsets[e], offsets[e + 1])  # without tokens a product over no rows: zeros
-        np.matmul(dgate_in[rows].T, xs[rows], out=dw1[e])
-        np.matmul(dys[rows].T, hidden[rows], out=dw2[e])
-        np.matmul(dup[rows].T, xs[rows], out=dw3[e])
-    for e, rows in _segments(offsets):
-        np.matmul(dgate_in[rows], widened(w1[e]), out=dxs[rows])  # (M_e, F) -> (M_e, D)
-        np.matmul(dup[rows], widened(w3[e]), out=part[rows])
+        products += [
+            Product([(dgate_in[rows].T, xs[rows])], dw1[e]),
+            Product([(dup[rows].T, xs[rows])], dw3[e]),
+            Product([(dgate_in[rows], w1[e]), (dup[rows], w3[e])], dxs[rows]),  # (M_e, F) -> (M_e, D)
+            Product([(dys[rows].T, hidden[rows])], dw2[e]),
+        ]
+    compute(products)
     # forward: xe = x[pairs // k]
     dx = np.empty((N, D), x.dtype)
-    _sum_slots(dxs, part, _places(pairs, N * k).reshape(N, k), dx)
+    _sum_slots(dxs, _places(pairs, N * k).reshape(N, k), dx)
     return dx, dw1, dw2, dw3, dweights
 
 
@@ -290,8 +292,8 @@ def _combine(ys, place, weights, out, slots):
 
 
 @jit(parallel=True)
-def _sum_slots(a, b, place, out):
-    """Sum of a + b over k in slot order."""
+def _sum_slots(dxs, place, out):
+    """Sum over k in slot order."""
     N, k = place.shape
     for n in numba.prange(N):
         total = out[n]
@@ -300,9 +302,9 @@ def _sum_slots(a, b, place, out):
         for slot in range(k):
             row = place[n, slot]
             if row >= 0:
-                y, z = a[row], b[row]
-                for d in range(a.shape[1]):
-                    total[d] += y[d] + z[d]
+                y = dxs[row]
+                for d in range(dxs.shape[1]):
+                    total[d] += y[d]
 
 
 @jit(parallel=True, fastmath=FAST)

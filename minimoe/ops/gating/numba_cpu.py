@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import dot_rows, exp, jit, operand, product, storage, widened
+from minimoe.loops import dot_rows, exp, jit, storage
+from minimoe.products import Product, compute, multiply, operand
 from minimoe.shapes import Array
 
 FEW_ROWS = 4
@@ -32,7 +33,7 @@ def forward(
         logits = np.empty((N, E), x.dtype)
         _logits(x, storage(np.ascontiguousarray(gate)), logits)
     else:
-        logits = product(x, gate)  # (N, D) -> (N, E)
+        logits = multiply(x, gate.T)  # (N, D) -> (N, E)
     forced = ids is not None
     ids = np.array(ids, np.int64, order="C") if forced else np.empty((N, k), np.int64)
     weights = np.empty(ids.shape, logits.dtype)
@@ -56,7 +57,9 @@ def backward(
         np.ascontiguousarray(dweights), np.ascontiguousarray(ids), np.ascontiguousarray(weights), total
     )
     # forward: logits = x · gateᵀ
-    return total @ widened(gate), total.T @ x
+    dx, dgate = np.empty_like(x), np.empty(gate.shape, x.dtype)
+    compute([Product([(total, gate)], dx), Product([(total.T, x)], dgate)])
+    return dx, dgate
 
 
 @jit()

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Float
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import dot_rows, jit, operand, pointer, product, rounded, storage, widened
+from minimoe.loops import dot_rows, jit, pointer, rounded, storage
+from minimoe.products import Product, compute, operand
 from minimoe.shapes import Array
 
 FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
@@ -26,17 +27,20 @@ def forward(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> l
     work = len(x) * sum(w.size for w in weights)
     if len(x) <= FEW_ROWS and same and (work >= FEW_PRODUCTS or is_bfloat16(weights[0])):
         return _forward_few(x, [np.ascontiguousarray(w) for w in weights])
-    return [product(operand(x, w), w) for w in weights]  # (N, I) -> (N, O)
+    xs = [operand(x, w) for w in weights]
+    ys = [np.empty((len(x), len(w)), np.result_type(xw, w)) for xw, w in zip(xs, weights, strict=True)]
+    compute([Product([(xw, w.T)], y) for xw, w, y in zip(xs, weights, ys, strict=True)])  # (N, I) -> (N, O)
+    return ys
 
 
 def backward(
     dys: Sequence[Float[Array, "N _"]], x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]
 ) -> tuple[Float[Array, "N I"], list[Float[Array, "_ I"]]]:
     # forward: y = x · wᵀ
-    dx = dys[0] @ widened(weights[0])  # (N, O) -> (N, I)
-    for dy, w in zip(dys[1:], weights[1:], strict=True):
-        dx += dy @ widened(w)
-    dws = [dy.T @ x for dy in dys]  # (O, N) @ (N, I) -> (O, I)
+    dx = np.empty(x.shape, np.result_type(*dys, *weights))
+    dws = [np.empty((dy.shape[1], x.shape[1]), np.result_type(dy, x)) for dy in dys]
+    gradients = [Product([(dy.T, x)], dw) for dy, dw in zip(dys, dws, strict=True)]  # (O, N) · (N, I) -> (O, I)
+    compute([*gradients, Product(list(zip(dys, weights, strict=True)), dx)])  # dx: (N, O) · (O, I), summed over weights
     return dx, dws
 
 
