@@ -1,45 +1,14 @@
-"""transformers' Mixtral and Mistral in true float64, with our weights.
-
-Their modelling code computes norms, softmax, rotary angles and losses in float32 whatever the type of the model. Under
-`lifted()` everything that asks torch for float32 gets float64 instead: no file or class of theirs is changed, and a
-result in float32 is an error, so that no cast can hide.
-"""
-
-from contextlib import contextmanager
+"""transformers' Mixtral and Mistral with our weights; under `lifted()` they compute in true float64."""
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from minimoe.params import named, shapes
+from minimoe.golden.examples.lifted import lifted
+from minimoe.golden.examples.transformers_inside import by_our_names
+from minimoe.params import named
 
-
-class _Lift(TorchFunctionMode):
-    """Hand float64 to whoever asks for float32."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        args = [torch.float64 if value is torch.float32 else value for value in args]
-        kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
-        result = func(*args, **kwargs)
-        for value in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
-                raise AssertionError(f"{func} computed in float32")
-        return result
-
-
-@contextmanager
-def lifted():
-    """Within it torch computes in float64 throughout."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Lift():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+__all__ = ["build", "lifted", "logits", "loss_and_grads"]
 
 
 def build(config, params, dtype=torch.float64):
@@ -100,7 +69,7 @@ def loss_and_grads(model, config, tokens, mask=None):
     model.zero_grad()
     loss = model(**_inputs(tokens, mask, None), labels=torch.tensor(labels)).loss
     loss.backward()
-    return loss.item(), _from_theirs(config, {name: p.grad.numpy() for name, p in model.named_parameters()})
+    return loss.item(), by_our_names(model, lambda p: p.grad.numpy())
 
 
 def _inputs(tokens, mask, positions):
@@ -141,21 +110,4 @@ def _to_theirs(config, arrays):
             both = [np.concatenate([arrays[e + "w1"], arrays[e + "w3"]]) for e in experts]
             found[f"model.layers.{i}.mlp.experts.gate_up_proj"] = np.stack(both)
             found[f"model.layers.{i}.mlp.experts.down_proj"] = np.stack([arrays[e + "w2"] for e in experts])
-    return found
-
-
-def _from_theirs(config, arrays):
-    found = {}
-    for name in shapes(config):
-        before, experts, rest = name.partition(".feed_forward.experts.")
-        if not experts:
-            found[name] = arrays[_their_name(name)]
-            continue
-        e, weight = rest.split(".")
-        prefix = f"model.{before}.mlp.experts."
-        if weight == "w2":
-            found[name] = arrays[prefix + "down_proj"][int(e)]
-        else:
-            w1, w3 = np.split(arrays[prefix + "gate_up_proj"][int(e)], 2)
-            found[name] = w1 if weight == "w1" else w3
     return found
