@@ -97,6 +97,8 @@ class RepeatTable:
         lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in [head, *body]]
         return "\n".join([self.title, *lines, self._foot()])
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         span = len(self.layers)
         heads = "".join(f'<th colspan="{span}">{_HEADS[kind]}</th>' for kind in KINDS)

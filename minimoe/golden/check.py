@@ -25,7 +25,7 @@ from minimoe.golden.verify import Case, CaseResult, Report, compare, describe, d
 from minimoe.golden.verify.words import brief, cut, similar
 from minimoe.params import named
 
-_WIDTH = 120
+_WIDTH = 105  # what a notebook's page holds
 # What block, model and training functions may ask for by name, besides inputs and settings.
 _MODEL = ("params", "config", "folder")
 
@@ -130,8 +130,12 @@ def _outputs(case: Case, function: Any, profile: str) -> Arrays:
         args, kwargs = _arguments(case, function, values, dtype)
         run = partial(function, *args, **kwargs)
     try:
-        return outputs_of(case, run())
-    except NotOffered:
+        returned = run()
+        if returned is None:
+            wanted = [tensor.name for tensor in CALLS[case.call].outputs if not tensor.optional]
+            raise _Raised(f"your function returns nothing yet; it should return {', '.join(wanted)}")
+        return outputs_of(case, returned)
+    except (NotOffered, _Raised):
         raise
     except Exception as error:  # whatever the function raises is shown, and the other cases are still checked
         raise _Raised(brief(error) + _place(error)) from error
@@ -197,7 +201,11 @@ def _lines(found: Checked, cases: dict[str, Case]) -> list[str]:
     """What is printed: a line per case, then the first failure, its cause and what to look at."""
     width = max((len(case_id.partition("/")[2]) for case_id in cases), default=0) + 2
     lines = [repr(found)]
-    for result in found.results:
+    problems = {result.problem for result in found.results}
+    same = len(found.results) > 1 and len(problems) == 1 and problems != {""}
+    if same:  # a function that is not written yet fails in one way only
+        lines.append(cut(f"  FAIL  every case: {found.results[0].problem}", _WIDTH))
+    for result in () if same else found.results:
         passed = result.status == "pass"
         says = f"error ÷ bound {result.ratio:.2g}" if passed else describe(result)
         name = result.id.partition("/")[2]

@@ -162,7 +162,7 @@ def _draw_sum(axes: Axes, slots: Array, ids: Array, weights: Array, lines: Array
     last = tall - (tall - float(lines[-1])) * 0.5
     signs = ["  " + f"{weights[0]:.2f} ×", *(f"+ {w:.2f} ×" for w in weights[1:]), "="]
     for i, (y, sign) in enumerate(zip([*lines, last], signs, strict=True)):
-        values, name = (slots[i], f"expert {ids[i]}'s output") if i < len(ids) else (total, "what the layer adds")
+        values, name = (slots[i], f"expert {ids[i]}'s output") if i < len(ids) else (total, "their sum")
         axes.text(left + 0.68, y, sign, fontsize=9, ha="right", va="center")
         axes.imshow(values[None], cmap=DIVERGING, norm=Normalize(-most, most), aspect="auto", interpolation="nearest",
                     extent=(left + 0.75, left + 0.75 + strip, y + 0.13, y - 0.13), gid=f"strip-{i}")  # fmt: skip

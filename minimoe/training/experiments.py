@@ -3,10 +3,10 @@
     python -m minimoe.training.experiments balance --out notebooks/data
     python -m minimoe.training.experiments sparsity --out notebooks/data
 
-`balance` trains the tiny preset without a balance loss, with the concatenated one and with the one per layer: the second
-is even on paper, summed over the layers, while single layers collapse. `sparsity` holds the work of a token constant,
-k · F of the experts' hidden width, and asks what more experts (E) and a finer choice (k) buy beside a dense model of the
-same active parameters. Curves are written as JSON, together with everything that decided them.
+`balance` trains the tiny preset without a balance loss, with the concatenated one and with the one per layer: the
+second is even on paper, summed over the layers, while single layers collapse. `sparsity` holds the work of a token
+constant, k · F of the experts' hidden width, and asks what more experts (E) and a finer choice (k) buy beside a dense
+model of the same active parameters. Curves are written as JSON, together with everything that decided them.
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def test_an_exception_is_shown_shortly_with_its_line_and_the_shapes(capsys):
 
 def test_a_result_that_is_no_output_is_named(capsys):
     assert not minimoe.check("gating/top-2", lambda x, gate, k: None)
-    assert "gating returned nothing; it should return the 3 arrays logits, ids, weights" in capsys.readouterr().out
+    assert "your function returns nothing yet; it should return logits, ids, weights" in capsys.readouterr().out
 
 
 def test_an_exception_in_one_case_does_not_end_the_others():
@@ -190,3 +190,9 @@ def test_our_own_ops_pass_through_it(call):
 
     inputs = {tensor.name for tensor in calls.CALLS[call].inputs}
     assert minimoe.check(call, ours)
+
+
+def test_a_function_that_is_not_written_yet_takes_one_line_not_one_per_case(capsys):
+    assert not minimoe.check("rmsnorm", lambda x, weight, eps, residual=None: None)
+    out = capsys.readouterr().out
+    assert out.count("FAIL") == 1 and "FAIL  every case: your function returns nothing yet; it should return y" in out
