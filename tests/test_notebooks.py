@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import symtable
 import time
 import warnings
 from collections.abc import Iterable
@@ -92,6 +93,12 @@ def test_each_leads_to_the_next(path):
 
 
 @each
+def test_every_heading_begins_a_slide(path):
+    headings = [cell for cell in cells(path, "markdown") if cell["source"].startswith(("# ", "## "))]
+    assert {cell["metadata"].get("slideshow", {}).get("slide_type") for cell in headings} == {"slide"}
+
+
+@each
 def test_committed_with_outputs_in_order_and_without_errors(path):
     code = cells(path, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
@@ -124,9 +131,10 @@ def test_every_relative_link_resolves(path):
         assert target.startswith(("https://", "http://")) or (FOLDER / target).exists(), target
 
 
-def test_the_syllabus_lists_every_notebook():
-    table = re.findall(r"^\| \[(\d\d) · .+?\]\((.+?)\) \|", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
-    assert table == [(path.stem[:2], path.name) for path in NOTEBOOKS]
+def test_the_syllabus_lists_every_notebook_by_its_title():
+    table = re.findall(r"^\| \[(.+?)\]\((.+?)\) \|", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
+    titles = [cells(path, "markdown")[0]["source"].splitlines()[0].removeprefix("# ") for path in NOTEBOOKS]
+    assert table == [(title, path.name) for title, path in zip(titles, NOTEBOOKS, strict=True)]
 
 
 # ---- exercises and solutions
@@ -153,31 +161,42 @@ def is_stub(node: ast.stmt) -> bool:
     return isinstance(node, ast.FunctionDef) and ast.unparse(node.body[-1]) == "return None"
 
 
-def names(node: ast.AST, context: type) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, context)}
+def reads(node: ast.stmt) -> set[str]:
+    """The names of the notebook that a statement uses, also inside of functions; their own variables left out."""
+    top = symtable.symtable(ast.unparse(node), "<statement>", "exec")
+    found, inner = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}, top.get_children()
+    while inner:
+        table = inner.pop()
+        found |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        inner += table.get_children()
+    return found
 
 
-def binds(node: ast.stmt) -> set[str]:
-    """The names that a statement gives a value, or changes."""
-    found = names(node, ast.Store)
+def gives(node: ast.stmt) -> set[str]:
+    """The names that get a value from a statement."""
+    top = symtable.symtable(ast.unparse(node), "<statement>", "exec")
+    return {symbol.get_name() for symbol in top.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+
+
+def changes(node: ast.stmt) -> set[str]:
+    """The names whose value a statement changes in place, as far as that shows."""
+    found = set()
     for n in ast.walk(node):
-        if isinstance(n, ast.alias):
-            found.add((n.asname or n.name).partition(".")[0])
-        elif isinstance(n, ast.FunctionDef | ast.ClassDef):
-            found.add(n.name)
-        elif isinstance(n, ast.Subscript | ast.Attribute):
-            changes = isinstance(n.ctx, ast.Store) or getattr(n, "attr", "") in ("append", "extend", "update", "add")
-            found |= names(n.value, ast.Load) if changes else set()
+        if isinstance(n, ast.Subscript | ast.Attribute):
+            stored = isinstance(n.ctx, ast.Store) or getattr(n, "attr", "") in ("append", "extend", "update", "add")
+            found |= {m.id for m in ast.walk(n.value) if isinstance(m, ast.Name)} if stored else set()
     return found
 
 
 def needed(statements: Iterable[ast.stmt], wanted: set[str]) -> list[ast.stmt]:
     """Those of the statements on which the values of the names depend."""
-    found = []
+    found, wanted = [], set(wanted)
     for node in reversed(list(statements)):
-        if binds(node) & wanted:
+        if (gives(node) | changes(node)) & wanted:
             found.append(node)
-            wanted = wanted | names(node, ast.Load)
+            if isinstance(node, ast.Assign | ast.FunctionDef | ast.Import | ast.ImportFrom):
+                wanted -= gives(node)
+            wanted |= reads(node)
     return found[::-1]
 
 
@@ -212,12 +231,12 @@ def test_stubs_are_told_that_they_are_not_right_yet(path):
 def test_solutions_solve(path):
     before, tasks, solutions = exercises(path)
     bodies = [[solutions.get(getattr(n, "name", ""), n) for n in ast.parse(cell["source"]).body] for cell in tasks]
-    loads = set().union(*(names(node, ast.Load) for body in bodies for node in body))
+    wanted = set().union(*(reads(node) for body in bodies for node in body))
     space: dict[str, Any] = {"__name__": "__main__", "display": print}
     with warnings.catch_warnings(), matplotlib.rc_context({"backend": "Agg"}):
         warnings.simplefilter("ignore")
         with contextlib.redirect_stdout(io.StringIO()):
-            _run(needed(before, loads), space)
+            _run(needed(before, wanted), space)
         for cell, body in zip(tasks, bodies, strict=True):
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 _run(body, space)

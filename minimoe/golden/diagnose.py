@@ -98,9 +98,13 @@ def diagnose(results: Results, profile: str = "float32") -> list[Finding]:
         joint = _joint(chosen, [pair for pair in failing if pair[0].id in rest - explained], profile, planted)
         findings.append(_finding(group, explained, len(failing), joint))
         rest -= explained | set(joint)
+    if _random(results, profile):
+        unsteady = {case.id for case, _ in failing if case.id in rest and case.level != "op"}
+        jitter = next(mutant for mutant in MUTANTS if mutant.planted == "random")
+        findings.append(_finding([_Suspect(jitter, unsteady)], unsteady, len(failing), ()))
+        rest -= unsteady
     left = [(case, outputs) for case, outputs in failing if case.id in rest]
-    random = _random(results, profile)
-    return [*findings, *random, *(_symptom(s, len(failing)) for s in symptoms.find(left, profile))]
+    return [*findings, *(_symptom(symptom, len(failing)) for symptom in symptoms.find(left, profile))]
 
 
 @functools.cache
@@ -237,17 +241,10 @@ def _finding(group: Sequence[_Suspect], explained: set[str], failing: int, joint
     )  # fmt: skip
 
 
-def _random(results: Results, profile: str) -> list[Finding]:
-    """Two cases that ask for the same and were answered differently."""
-    jitter = next(mutant for mutant in MUTANTS if mutant.planted == "random")
+def _random(results: Results, profile: str) -> bool:
+    """Whether two cases that ask for the same were answered differently."""
     pairs = symptoms.repeated([(case, outputs) for case, result, outputs in results if not result.absent])
-    differ = [(one, other) for (one, a), (other, b) in pairs if not alike(one, a, b, profile)]
-    ids = {case.id for pair in differ for case in pair}
-    if not ids:
-        return []
-    failing = [case.id for case, result, _ in results if result.status == "fail"]
-    said = (jitter.name,), (jitter.says,), (jitter.remedy,), (jitter.where,)
-    return [Finding(*said, tuple(id for id in failing if id in ids), len(failing), "likely")]
+    return any(not alike(one, a, b, profile) for (one, a), (_, b) in pairs)
 
 
 def _symptom(symptom: symptoms.Symptom, failing: int) -> Finding:

@@ -153,18 +153,18 @@ FORWARD = [
     and any(edit.function != "backward" for edit in found.edits)
     and found.planted != "random"
 ]
-# Mistakes of the gradient, of the step, and of the graph that an implementation would not differentiate.
+# Mistakes of the gradient itself or of the step, and roundings, which have no slope.
 NOT_DIFFERENTIATED = {
-    "tied-gradient-of-one-use", "norms-decayed", "silu-slope-wrong", "gate-logits-in-bfloat16", "padding-routed",
-    *(found.name for found in MUTANTS if found.name.startswith(("adam-", "gradient-"))), "embedding-gradient-overwritten",
+    "tied-gradient-of-one-use", "norms-decayed", "silu-slope-wrong", "embedding-gradient-overwritten",
+    "gradient-unclipped", *(found.name for found in MUTANTS if found.name.startswith("adam-")),
+    "gate-logits-in-bfloat16", "norm-statistics-in-float16", "norm-rounded-before-its-weight",
+    "cross-entropy-overflows", "attention-softmax-overflows", "float16-overflow-in-attention", "gate-softmax-overflows",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("found", FORWARD, ids=lambda found: found.name)
+@pytest.mark.parametrize("found", [f for f in FORWARD if f.name not in NOT_DIFFERENTIATED], ids=lambda f: f.name)
 def test_a_wrong_forward_has_its_own_gradient(found):
     """What a framework that differentiates by itself would compute: finite differences of the wrong loss."""
-    if found.name in NOT_DIFFERENTIATED:
-        pytest.skip("not a mistake of the forward")
     for name in ("training/concatenated", "training/padding", "training/tied", "training/dense"):
         case = BY_ID[name]
         wrong = found.run(case)

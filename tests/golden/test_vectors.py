@@ -6,13 +6,13 @@ import jsonschema
 import numpy as np
 import pytest
 
+from minimoe.arrays import BFLOAT16
 from minimoe.checkpoint import load_params, load_tensors
 from minimoe.config import ModelConfig
 from minimoe.golden import clear, make, verify
 from minimoe.golden.adapters import OurBackend
 from minimoe.golden.calls import CALLS
 from minimoe.golden.cases import MODELS, specs
-from minimoe.golden.cases.draw import on_grid
 from minimoe.golden.profiles import PROFILES
 from minimoe.params import named
 
@@ -141,23 +141,27 @@ def test_all_of_it_is_small():
     assert sum(path.stat().st_size for path in make.FOLDER.rglob("*") if path.is_file()) <= 4_000_000
 
 
-def test_inputs_and_weights_of_16_bit_profiles_have_eight_significant_bits():
+def sixteen_bits_hold(x):
+    """Whether bfloat16 and float16 both hold every number, none of them subnormal."""
+    fits = (x == x.astype(BFLOAT16).astype(x.dtype)) & (x == x.astype(np.float16).astype(x.dtype))
+    return bool((fits & ((x == 0) | (np.abs(x) >= np.finfo(np.float16).tiny))).all())
+
+
+def test_inputs_and_weights_of_16_bit_profiles_are_numbers_of_those_formats():
     for case in CASES:
         if SIXTEEN_BIT & set(case.profiles):
-            arrays = list(case.inputs.values())
+            arrays = [x for x in case.inputs.values() if x.dtype.kind == "f"]
             if case.model is not None:
-                arrays += [w.astype(np.float64) for _, w in named(make.stored(case.model))]
-            for x in arrays:
-                if x.dtype.kind == "f":
-                    np.testing.assert_array_equal(x, on_grid(x.astype(np.float64)), case.id)
+                arrays += [w.astype(np.float32) for _, w in named(make.stored(case.model))]
+            assert all(map(sixteen_bits_hold, arrays)), case.id
 
 
-def test_some_cases_and_models_have_all_of_float32s_digits():
-    def full(x):
-        return x.dtype == np.float32 and not np.array_equal(x, on_grid(x.astype(np.float64)))
-
-    assert any(full(x) for case in CASES for x in case.inputs.values())
-    assert [name for name in MODELS if any(full(w) for _, w in named(make.stored(name)))] == ["digits"]
+def test_some_cases_and_one_model_have_all_of_float32s_digits():
+    digits = [case.id for case in CASES if any(x.dtype == np.float32 and not sixteen_bits_hold(x)
+                                               for name, x in case.inputs.items() if name != "uniform")]  # fmt: skip
+    assert {"rmsnorm/digits", "linear/digits", "attention/digits", "gating/digits", "experts/digits"} <= set(digits)
+    models = {name for name in MODELS for _, w in named(make.stored(name)) if not sixteen_bits_hold(w.astype("f4"))}
+    assert models == {"digits"}
 
 
 # ---- no decision hangs in the balance

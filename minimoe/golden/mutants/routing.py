@@ -96,6 +96,7 @@ GATING = [
         ("if ids is None:", "if free := ids is None:"),
         ("weights = xp.where(ids >= 0, weights, 0)",
          "weights = xp.where(ids >= 0, weights, 0)\n    ids = xp.sort(ids, axis=-1) if free else ids"),
+        inference_only=True,
     ),
     _gate(
         "gate-logits-in-bfloat16",
