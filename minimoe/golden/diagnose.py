@@ -161,7 +161,7 @@ def _suspects(failing: Iterable[tuple[Case, Outputs]], profile: str, planted: Pl
     failing = sorted(failing, key=lambda pair: (LEVELS.index(pair[0].level), _cost(pair[0])))
     found = []
     for mutant in MUTANTS:
-        if mutant.planted == "random" or not _allowed(mutant, profile):
+        if mutant.planted == "random" or mutant.harmless or not _allowed(mutant, profile):
             continue
         suspect, misses = _Suspect(mutant), 0
         for case, outputs in failing:

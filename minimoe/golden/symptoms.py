@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ Given = tuple[Case, Outputs]
 
 @dataclass(frozen=True)
 class Symptom:
-    """What the first wrong outputs of some cases have in common."""
+    """What the first wrong outputs of some cases have in common; `says` tells of the first of them."""
 
     name: str
     says: str
@@ -28,12 +29,12 @@ class Symptom:
 
 def find(failing: Iterable[Given], profile: str) -> list[Symptom]:
     """Return the symptoms of failing cases, the most frequent first."""
-    found: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[str, Symptom] = {}
     for case, outputs in failing:
         if seen := _symptom(case, outputs, profile):
-            found.setdefault(seen, []).append(case.id)
-    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
-    return [Symptom(*seen, tuple(cases)) for seen, cases in ordered]
+            first = found.get(seen[0], Symptom(*seen, ()))
+            found[seen[0]] = dataclasses.replace(first, cases=(*first.cases, case.id))
+    return sorted(found.values(), key=lambda symptom: -len(symptom.cases))
 
 
 def repeated(results: Sequence[Given]) -> list[tuple[Given, Given]]:

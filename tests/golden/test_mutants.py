@@ -159,6 +159,7 @@ NOT_DIFFERENTIATED = {
     "gradient-unclipped", *(found.name for found in MUTANTS if found.name.startswith("adam-")),
     "gate-logits-in-bfloat16", "norm-statistics-in-float16", "norm-rounded-before-its-weight",
     "cross-entropy-overflows", "attention-softmax-overflows", "float16-overflow-in-attention", "gate-softmax-overflows",
+    "norm-weight-before-the-cast",
 }  # fmt: skip
 
 
@@ -198,14 +199,20 @@ def _moved(model, steps, h):
 
 
 @pytest.mark.parametrize("found", MUTANTS, ids=lambda found: found.name)
-def test_every_mistake_leaves_the_bounds_of_some_case(found):
-    assert diagnose.tells_apart(found).get(profile_of(found)), found.name
+def test_every_mistake_leaves_the_bounds_of_some_case_unless_it_is_harmless(found):
+    assert bool(diagnose.tells_apart(found).get(profile_of(found))) is not bool(found.harmless)
+
+
+def test_two_are_harmless():
+    assert [f.name for f in MUTANTS if f.harmless] == ["norm-weight-before-the-cast", "gate-softmax-before-top-k"]
+    rare = BY_NAME["gate-softmax-before-top-k"].run(case := BY_ID["gating/gap-200"])
+    assert (rare["ids"] != case.truth["ids"]).any()
 
 
 def test_op_mistakes_are_caught_by_an_op_case():
     """So that an implementation can be mended one op at a time."""
     for found in MUTANTS:
-        if found.planted == "op":
+        if found.planted == "op" and not found.harmless:
             ids = diagnose.tells_apart(found).get(profile_of(found), ())
             assert any(BY_ID[id].level == "op" for id in ids), found.name
 

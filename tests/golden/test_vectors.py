@@ -270,6 +270,14 @@ PROPERTIES = {
     ),
     "exact ties in a model": lambda: any((c.truth["layers.1.gating.logits"] == 0).all() for c in cases("model")
                                          if config(c).num_layers > 1 and not config(c).dense),
+    "layers that choose differently": lambda: all(
+        not np.array_equal(c.truth["layers.0.gating.ids"], c.truth["layers.1.gating.ids"])
+        for c in cases("model") if config(c).num_layers > 1 and config(c).num_experts > 1
+    ),
+    "forms of the balance loss that differ on the same tokens": lambda: len({
+        round(float(BY_ID[f"training/{form}"].truth["balance_loss"]), 3)
+        for form in ("concatenated", "per-layer", "switch")
+    }) == 3,
     "a logit gap of 200": lambda: all(
         any(np.nanmax(x) - np.nanmin(x) >= 199 for c in cases(call) for name, x in c.truth.items()
             if name.endswith("gating.logits") or (call == "gating" and name == "logits"))
@@ -339,6 +347,10 @@ PROPERTIES = {
     "scores that overflow float16 without subtracting the maximum": lambda: any(
         np.exp(c.truth["scores"][np.isfinite(c.truth["scores"])].max()) > 65504 and "float16" in c.profiles
         for c in cases("attention")
+    ),
+    "products that overflow float16 before they are scaled": lambda: any(
+        65504 < np.abs(s := c.truth["scores"])[np.isfinite(s)].max() * c.inputs["q"].shape[-1] ** 0.5 < 4 * 65504
+        and "float16" in c.profiles for c in cases("attention")
     ),
     "squares that overflow float16": lambda: any((c.inputs["x"] ** 2).max() > 65504 and "float16" in c.profiles
                                                  for c in cases("rmsnorm")),

@@ -70,6 +70,7 @@ def _attention() -> list[Spec]:
             _inputs(d, 4, 2, 4, np.array([[9], [4], [2]]), rolled), {"window": 5}, tags=("cache", "window"),
         ),
         _large(),
+        _larger(),
         Spec(
             "attention/digits",
             "Full float32 numbers: operands rounded to 16 bits, or float32 products done in TF32, leave the bound.",
@@ -90,6 +91,20 @@ def _large() -> Spec:
         "Scores of some hundred, as trained models have them: exp(300) overflows float32 and exp(12) float16 unless "
         "the maximum is subtracted first. The last query also shows a score that must not be scaled after the softmax.",
         {"q": q, "k": k, "v": d.normal(1, 4, 1, 4), "q_pos": np.arange(4)[None], "k_pos": np.arange(4)[None]},
+        {"window": None}, tags=("overflow",),
+    )  # fmt: skip
+
+
+def _larger() -> Spec:
+    """Products that float16 cannot hold, of which the scores, a quarter of them, are exact again."""
+    d = Draw("attention/product-overflow")
+    q = np.broadcast_to(np.array([64.0, -64.0])[:, None], (1, 4, 2, 16)).copy()
+    k = np.broadcast_to(np.array([16.0, 64.0, 32.0, -64.0])[:, None, None], (4, 1, 16))[None].copy()
+    return Spec(
+        "attention/product-overflow",
+        "q · k reaches 65536, just beyond float16's 65504, and with C = 16 the score is a quarter of that: scaling "
+        "after a product that was rounded to float16 is too late. Scale the queries first, or accumulate in float32.",
+        {"q": q, "k": k, "v": d.normal(1, 4, 1, 16), "q_pos": np.arange(4)[None], "k_pos": np.arange(4)[None]},
         {"window": None}, tags=("overflow",),
     )  # fmt: skip
 

@@ -53,7 +53,8 @@ def weights(name: str, spec: ModelSpec) -> Params:
         elif tensor.endswith(".gate"):
             gate = d.normal(*shape, scale=spec.gate / 64)
             norm = arrays[tensor.replace("feed_forward.gate", "ffn_norm")]
-            gate[np.arange(E), np.arange(E)] = spec.gate / norm[:E]
+            read = (np.arange(E) + int(tensor.split(".")[1])) % E  # another element in every layer: another choice
+            gate[np.arange(E), read] = spec.gate / norm[read]
             arrays[tensor] = d.round(gate)
         else:
             w = d.normal(*shape, scale=shape[1] ** -0.5)

@@ -19,7 +19,7 @@ def table() -> list[dict[str, str]]:
     return [
         {
             "name": mutant.name, "planted": mutant.planted, "says": mutant.says, "remedy": mutant.remedy,
-            "seen": mutant.seen, "where": "{}:{}".format(*mutant.where),
+            "seen": mutant.seen, "harmless": mutant.harmless, "where": "{}:{}".format(*mutant.where),
             "profiles": ", ".join(mutant.profiles) or "all",
         }
         for mutant in MUTANTS

@@ -13,11 +13,11 @@ _NORM = "x · rsqrt(mean(x²) + eps) · weight"
 
 
 def _norm(
-    name: str, says: str, remedy: str, *edits: tuple[str, str], seen: str = "", profiles: tuple[str, ...] = ()
-) -> Mutant:
-    return Mutant(
-        name, says, remedy, "op", tuple(room("rmsnorm", *edit) for edit in edits), seen=seen, profiles=profiles
-    )
+    name: str, says: str, remedy: str, *edits: tuple[str, str], seen: str = "", profiles: tuple[str, ...] = (),
+    harmless: str = "",
+) -> Mutant:  # fmt: skip
+    changes = tuple(room("rmsnorm", *edit) for edit in edits)
+    return Mutant(name, says, remedy, "op", changes, seen=seen, profiles=profiles, harmless=harmless)
 
 
 NORM = [
@@ -87,6 +87,15 @@ NORM = [
         (_Y, "y = (h * r[:, None]).astype(BFLOAT16).astype(h.dtype) * widen(weight)"),
         ("from minimoe.arrays import", "from minimoe.arrays import BFLOAT16,"),
         seen="transformers, whose profile is hf_bfloat16", profiles=("bfloat16", "float32"),
+    ),
+    _norm(
+        "norm-weight-before-the-cast",
+        "the norm's weight is multiplied in before the result is rounded to 16 bits, instead of after it",
+        "to match Hugging Face bit by bit, round the normed states first, then multiply by the weight",
+        (_Y, "y = (h * r[:, None] * widen(weight)).astype(BFLOAT16).astype(h.dtype)"),
+        ("from minimoe.arrays import", "from minimoe.arrays import BFLOAT16,"),
+        seen="implementations that fuse the weight into the norm", profiles=("hf_bfloat16", "mistral_bfloat16"),
+        harmless="one rounding less than the profile's own: it is nearer to the truth",
     ),
     _norm(
         "norm-gradient-without-projection",

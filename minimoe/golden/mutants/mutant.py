@@ -57,6 +57,7 @@ class Mutant:
     profiles : the numeric profiles in which it can be seen; empty: all
     inference_only : it has no gradient here, and acts on no call that trains
     ops : ops whose inputs `params` changes
+    harmless : why no output that is compared can show it; empty for all that some case tells apart
     """
 
     name: str
@@ -71,6 +72,7 @@ class Mutant:
     profiles: tuple[str, ...] = ()
     inference_only: bool = False
     ops: tuple[str, ...] = ()
+    harmless: str = ""
 
     @property
     def where(self) -> tuple[Path, int]:

@@ -22,17 +22,11 @@ _TIES = "choose by logit, largest first; of equal ones the lower id first"
 
 
 def _gate(
-    name: str, says: str, remedy: str, *edits: tuple[str, str], seen: str = "", inference_only: bool = False
-) -> Mutant:
-    return Mutant(
-        name,
-        says,
-        remedy,
-        "op",
-        tuple(room("gating", *edit) for edit in edits),
-        seen=seen,
-        inference_only=inference_only,
-    )
+    name: str, says: str, remedy: str, *edits: tuple[str, str], seen: str = "", inference_only: bool = False,
+    harmless: str = "",
+) -> Mutant:  # fmt: skip
+    changes = tuple(room("gating", *edit) for edit in edits)
+    return Mutant(name, says, remedy, "op", changes, seen=seen, inference_only=inference_only, harmless=harmless)
 
 
 GATING = [
@@ -113,6 +107,7 @@ GATING = [
         ("-xp.inf)\n        ids", "-xp.inf)\n        candidates = xp.exp((candidates - candidates.max(axis=-1, "
          "keepdims=True)).astype(xp.float32))\n        ids"),
         seen="transformers",
+        harmless="the choices that it gets wrong have weights that underflow: the comparison counts them as don't care",
     ),
     _gate(
         "gate-softmax-overflows",
