@@ -147,7 +147,9 @@ class Independent:
             far = q_pos[b][:, None] - k_pos[b][None, :]
             seen = (k_pos[b] >= 0)[None] & (far >= 0) & (far < (math.inf if window is None else window))
             for h in range(H):
-                z = self.result(self.matmul(q[b, :, h], k[b, :, h // G]) * self.compute(C**-0.5))
+                # Products may leave float16's range, which the scores do not: there they are rounded once, when scaled.
+                product = self.products if self.kind is np.float16 else self.matmul
+                z = self.result(product(q[b, :, h], k[b, :, h // G]) * self.compute(C**-0.5))
                 scores[b, h] = np.where(seen, z, -np.inf)
                 probs[b, h] = self.result(self.softmax(scores[b, h]))
                 out[b, :, h] = self.matmul(probs[b, h], v[b, :, h // G].T)
