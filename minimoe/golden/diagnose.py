@@ -87,24 +87,28 @@ def diagnose(results: Results, profile: str = "float32") -> list[Finding]:
     passing = [case for case, result, _ in results if result.status == "pass"]
     if not failing:
         return []
+    number = len(failing)
+    findings: list[Finding] = []
+    if unwritten := symptoms.unwritten(failing):
+        findings.append(_symptom(unwritten, number))
+        failing = [(case, outputs) for case, outputs in failing if case.id not in unwritten.cases]
     planted = Planted()
     suspects = [s for s in _suspects(failing, profile, planted) if _stands(s, passing, profile, planted)]
     rest = {case.id for case, _ in failing}
-    findings: list[Finding] = []
     chosen: list[Mutant] = []
     while group := _best(suspects, [case for case, _ in failing if case.id in rest]):
         explained = group[0].explained & rest
         chosen.append(group[0].mutant)
         joint = _joint(chosen, [pair for pair in failing if pair[0].id in rest - explained], profile, planted)
-        findings.append(_finding(group, explained, len(failing), joint))
+        findings.append(_finding(group, explained, number, joint))
         rest -= explained | set(joint)
     if _random(results, profile):
         unsteady = {case.id for case, _ in failing if case.id in rest and case.level != "op"}
         jitter = next(mutant for mutant in MUTANTS if mutant.planted == "random")
-        findings.append(_finding([_Suspect(jitter, unsteady)], unsteady, len(failing), ()))
+        findings.append(_finding([_Suspect(jitter, unsteady)], unsteady, number, ()))
         rest -= unsteady
     left = [(case, outputs) for case, outputs in failing if case.id in rest]
-    return [*findings, *(_symptom(symptom, len(failing)) for symptom in symptoms.find(left, profile))]
+    return [*findings, *(_symptom(symptom, number) for symptom in symptoms.find(left, profile))]
 
 
 @functools.cache
@@ -184,9 +188,11 @@ def _matches(mutants: Sequence[Mutant], case: Case, outputs: Outputs, profile: s
     wrong = planted(mutants, case)
     if wrong is None:
         return None
-    for required in (True, False):  # it may show only in what was given beyond need
-        if not alike(case, wrong, case.truth, profile, 1.0, required):
-            return alike(case, outputs, wrong, profile, SLACK, required)
+    if not alike(case, wrong, case.truth, profile):
+        return alike(case, outputs, wrong, profile, SLACK)
+    given = {name: x for name, x in wrong.items() if name in outputs}  # it may show only in what was given beyond need
+    if not alike(case, given, case.truth, profile, required=False):
+        return alike(case, outputs, given, profile, SLACK, required=False)
     return None
 
 

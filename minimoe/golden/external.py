@@ -41,6 +41,7 @@ def check_program(
     allow_missing: bool = False,
     timeout: float = 600.0,
     progress: Callable[[Sequence[Case]], Iterable[Case]] = lambda cases: cases,
+    expected: Sequence[str] = (),
 ) -> Report:
     """Run a program on the inputs of a kit, and compare what it writes: also if it fails, or must be stopped.
 
@@ -49,6 +50,7 @@ def check_program(
     command : the program and its arguments
     timeout : seconds for one start of the program; then it and all it started are ended
     progress : wraps the cases while they are run one by one, as tqdm does
+    expected : the cases that must fail; see `verify.expected_failures`
 
     Raises
     ------
@@ -61,6 +63,7 @@ def check_program(
         raise ProgramError("the command must say where outputs go: minimoe golden run -- PROGRAM {inputs} {outputs}")
     manifest, cases = verify.read_kit(kit)
     chosen = verify.select(cases, profile, only, inference)
+    must_fail = verify.expected_failures(expected, chosen)
     problems: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="minimoe-golden-", ignore_cleanup_errors=True) as scratch:
         inputs, outputs = Path(scratch) / "inputs", Path(scratch) / "outputs"
@@ -73,7 +76,7 @@ def check_program(
             problem = ""
         else:
             problem = run_program(_fill(command, places), timeout)
-        entries = verify.check(chosen, lambda case: verify.read_outputs(outputs, case), profile)
+        entries = verify.check(chosen, lambda case: verify.read_outputs(outputs, case), profile, must_fail)
         warnings = [line.replace(f"{outputs}/", "") for line in verify.unknown_files(outputs, cases)]
     for _, result, _ in entries:
         if problems.get(result.id):

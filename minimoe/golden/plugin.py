@@ -94,16 +94,9 @@ class _Kit:
 
     def _expected(self, config: pytest.Config) -> dict[str, str]:
         """{pattern: reason} of the cases that must fail: the adapter's own deviations, and what the flags name."""
-        from minimoe.golden.verify import select
+        from minimoe.golden.verify import expected_failures
 
-        found: dict[str, str] = {}
-        for given in config.getoption("minimoe_expect_failure"):
-            lines = Path(given).read_text(encoding="utf-8").splitlines() if Path(given).is_file() else [given]
-            for line in lines:
-                pattern, _, reason = (part.strip() for part in line.partition("#"))
-                if pattern:
-                    found[pattern] = reason or "expected to fail"
-        select(self.cases, self.adapter.profile, list(found))  # complains of a pattern that matches nothing
+        found = expected_failures(config.getoption("minimoe_expect_failure"), self.cases)
         return found | dict(getattr(self.adapter, "deviations", {}))
 
     def pytest_report_header(self) -> str:

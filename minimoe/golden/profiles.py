@@ -57,7 +57,7 @@ PROFILES = {
             "hf_bfloat16",
             "Hugging Face transformers with torch_dtype=bfloat16: every op's result is rounded to bfloat16; RMSNorm's "
             "statistics, the softmax of attention and of the router, and the rotary angles are float32 inside; cos and "
-            "sin, probabilities and gate weights are rounded to bfloat16",
+            "sin, probabilities and, as before its version 5, gate weights are rounded to bfloat16",
             _F32, "results", _BF16,
         ),
         Profile(

@@ -20,7 +20,11 @@ ANSI = {"red": "31", "green": "32", "yellow": "33", "bold": "1"}
 
 def likely(report: Report) -> list[str]:
     """Name the mistakes that the failures look like: lines for `Report.text`, the likeliest first."""
-    given = [entry for entry in report.entries if entry[2] and not _large(entry[0].model_folder)]
+    given = [
+        (case, result, outputs)
+        for case, result, outputs in report.entries
+        if outputs and not result.deviation and not _large(case.model_folder)
+    ]
     if all(result.status == "pass" for _, result, _ in given):  # they count too: they contradict some mistakes
         return []
     from minimoe.golden import diagnose  # it takes the whole catalogue of mistakes with it
@@ -50,10 +54,12 @@ def check_adapter(
     only: Sequence[str] = (),
     inference: bool = False,
     progress: Callable[[Sequence[Case]], Iterable[Case]] = lambda cases: cases,
+    expected: Sequence[str] = (),
 ) -> Report:
     """Hold an adapter against a kit, in its own profile; what it does not offer is no failure.
 
-    Where it chooses other experts than the golden ones and can be made to take these, it is run a second time.
+    Where it chooses other experts than the golden ones and can be made to take these, it is run a second time. Its
+    deviations must fail, as must the cases that `expected` names (see `verify.expected_failures`).
 
     Parameters
     ----------
@@ -61,6 +67,7 @@ def check_adapter(
     """
     _, cases = verify.read_kit(kit)
     chosen = verify.select(cases, adapter.profile, only, inference)
+    must_fail = verify.expected_failures(expected, chosen) | dict(getattr(adapter, "deviations", {}))
 
     def load(case: Case) -> Mapping[str, Any] | None:
         try:
@@ -69,8 +76,8 @@ def check_adapter(
             return None
 
     with contextlib.redirect_stdout(sys.stderr):  # what it prints is not part of the report
-        entries = verify.check(progress(chosen), load, adapter.profile)
-        if adapter.forces_routing:
+        entries = verify.check(progress(chosen), load, adapter.profile, must_fail)
+        if getattr(adapter, "forces_routing", False):
             for case, result, _ in entries:
                 _force(adapter, case, result)
     return Report(str(kit), adapter.profile, entries, len(cases), allow_missing=True)

@@ -37,6 +37,21 @@ def find(failing: Iterable[Given], profile: str) -> list[Symptom]:
     return sorted(found.values(), key=lambda symptom: -len(symptom.cases))
 
 
+def unwritten(failing: Sequence[Given]) -> Symptom | None:
+    """Tell outputs that nobody wrote from a mistake that makes one gradient 0: most failing cases are 0 throughout."""
+    zero = [case for case, outputs in failing if _all_zero(case, outputs)]
+    if len({case.call for case in zero}) < 3 or 2 * len(zero) <= len(failing):
+        return None
+    says = "every number is 0: the outputs were allocated, but nothing was written into them"
+    hint = "look whether results are copied into the arrays that are given back, and after they have been computed"
+    return Symptom("all-zero", says, hint, tuple(case.id for case in zero))
+
+
+def _all_zero(case: Case, outputs: Outputs) -> bool:
+    given = [np.asarray(outputs[o.name]) for o in case.outputs if o.name in outputs]
+    return bool(given) and all(x.dtype.kind in "fiub" and not x.any() for x in given)
+
+
 def repeated(results: Sequence[Given]) -> list[tuple[Given, Given]]:
     """Return the pairs of cases that ask for the very same."""
     found, asked = [], dict[tuple[object, ...], Given]()

@@ -200,6 +200,51 @@ def test_our_backends_route_as_they_are_told(id):
     np.testing.assert_array_equal(np.stack(ids).reshape(other.shape), other)
 
 
+# ---- deviations
+
+
+class Deviating(Adapter):
+    """Its norm has no eps, which it says."""
+
+    @property
+    def deviations(self):
+        return {"rmsnorm/*": "there is no eps"}
+
+    def rmsnorm(self, inputs, settings, folder):
+        x = inputs["x"]
+        return {"y": x / np.sqrt((x**2).mean(axis=1, keepdims=True)) * inputs["weight"]}
+
+    def linear(self, inputs, settings, folder):
+        return {"y": inputs["x"] @ inputs["w"].T}
+
+
+def test_deviations_are_no_failures_and_are_listed():
+    found = report.check_adapter(Deviating(), only=["rmsnorm/plain", "rmsnorm/eps-inside", "linear/wide"])
+    assert [result.status for result in found.results] == ["deviates", "deviates", "pass"]
+    assert found.exit_status == 0 and report.likely(found) == []
+    text = found.text()
+    assert "deviates: rmsnorm/plain, rmsnorm/eps-inside: there is no eps" in text
+    assert "everything chosen fits but the deviations" in text
+
+
+def test_a_deviation_that_is_none_is_a_failure():
+    found = report.check_adapter(Deviating(), only=["linear"], expected=["linear/wide"])
+    assert found.exit_status == 1
+    [failed] = found.failures
+    assert failed[1].id == "linear/wide" and "was expected to fail" in verify.describe(failed[1])
+    assert report.likely(found) == [] and "next: strike what passes from the deviations" in found.text()
+
+
+def test_a_deviation_that_is_not_offered_is_not_offered():
+    found = report.check_adapter(Deviating(), only=["gating/top-2"], expected=["gating/top-2"])
+    assert [result.status for result in found.results] == ["not offered"]
+
+
+def test_an_expected_failure_that_no_case_has_is_refused():
+    with pytest.raises(verify.KitError, match="no case matches 'gatin/x'"):
+        report.check_adapter(Deviating(), expected=["gatin/x"])
+
+
 # ---- loading
 
 SOURCE = """

@@ -130,6 +130,17 @@ def test_in_16_bits_it_is_named_too(name):
     assert name in diagnose.diagnose(results, profile)[0].names
 
 
+def test_outputs_that_nobody_wrote_are_told_from_mistakes():
+    """Some mistakes make one gradient 0, and would match."""
+    results = [entry(case, {o.name: np.zeros(o.shape, np.float32 if o.kind == "float" else np.int64)
+                            for o in case.outputs if o.required})
+               for case in CASES if case.level == "op" and "float32" in case.profiles]  # fmt: skip
+    first = diagnose.diagnose(results)[0]
+    assert (first.names, first.confidence) == (("all-zero",), "symptom")
+    failing = sum(result.status == "fail" for _, result, _ in results)
+    assert len(first.explained) > 0.8 * failing and first.failing == failing
+
+
 def test_jitter_is_named_by_its_symptom():
     results = candidate(["jitter-left-on"], cases=of("model", "block/main"))
     first = diagnose.diagnose(results)[0]
@@ -137,8 +148,24 @@ def test_jitter_is_named_by_its_symptom():
 
 
 def test_two_answers_to_one_question_need_a_failure():
-    """Differences within the bounds are roundings that change from run to run."""
-    assert diagnose.diagnose(candidate([], cases=of("model/repeat-a", "model/repeat-b"))) == []
+    """Both within the bounds, on either side of the truth: roundings that change from run to run."""
+    results = []
+    for case, sign in zip(of("model/repeat-a", "model/repeat-b"), (1, -1), strict=True):
+        [output] = [output for output in case.outputs if output.name == "logits"]
+        truth = case.truth["logits"]
+        bound = output.bounds["float32"][0] * np.abs(truth).max() + output.bounds["float32"][1]
+        results.append(entry(case, {"logits": truth + sign * 0.9 * bound}))
+    assert [result.status for _, result, _ in results] == ["pass", "pass"]
+    assert diagnose.diagnose(results) == []
+
+
+def test_what_stands_at_padding_does_not_matter():
+    rng, results = np.random.default_rng(4), []
+    for case, _, outputs in candidate(["attention-scale-missing"], cases=of("model/padding-left", "block/padding")):
+        [name] = [output.name for output in case.outputs if output.required]
+        real = np.where(np.isnan(case.truth[name]), rng.standard_normal(case.truth[name].shape), outputs[name])
+        results.append(entry(case, {name: real}))
+    assert diagnose.diagnose(results)[0].names == ("attention-scale-missing",)
 
 
 def test_what_outputs_cannot_tell_apart_is_one_finding():

@@ -706,6 +706,19 @@ def test_the_copied_folder_needs_nothing_but_numpy(copied, tmp_path):
     assert json.loads(copied(VECTORS, "out", "--json").stdout)["exit_status"] == 0
 
 
+def test_expected_failures_are_told_from_failures(copied, own, tmp_path):
+    """From a file of patterns with reasons; one that passes is a failure."""
+    put(tmp_path / "out", {"y": 2 * own[1]["rmsnorm/plain"]["y"]}, "rmsnorm/plain")
+    (tmp_path / "known.txt").write_text("rmsnorm/plain  # twice the norm\n\n# a remark\n")
+    assert copied(VECTORS, "out", "--only", "rmsnorm").returncode == 1
+    done = copied(VECTORS, "out", "--only", "rmsnorm", "--expect-failure", "known.txt", "--junit", "junit.xml")
+    assert (done.returncode, done.stderr) == (0, "") and "deviates: rmsnorm/plain: twice the norm" in done.stdout
+    suite = ET.parse(tmp_path / "junit.xml").getroot()
+    assert [e.get("message") for e in suite.findall("testcase/skipped")] == ["expected to fail: twice the norm"]
+    done = copied(VECTORS, "out", "--only", "rmsnorm", "--expect-failure", "rmsnorm/*")
+    assert done.returncode == 1 and "rmsnorm/eps-inside: passes, but was expected to fail" in done.stdout
+
+
 def test_a_terminal_that_knows_ascii_only_gets_a_report(copied, monkeypatch):
     monkeypatch.setitem(copied.environment, "PYTHONIOENCODING", "ascii")
     done = copied(VECTORS, "out", "--only", "gating")

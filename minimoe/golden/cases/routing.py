@@ -75,8 +75,9 @@ def _gap(name: str, gap: float) -> Spec:
     logits = [[gap, -40, 40, 0], [0, gap / 2, -gap / 2, -40], [40, 0, gap, -40], [-gap, 0, -gap / 2, -gap / 4]]
     return Spec(
         f"gating/{name}",
-        "Logits up to 200 apart. Softmax over all experts before the top-k underflows in float32: the losers are all 0 "
-        "and tie, and the second choice becomes an accident. Top-k over the logits cannot lose it.",
+        "Logits up to 200 apart: exp must not overflow. Softmax over all experts before the top-k underflows in "
+        "float32: the losers are all 0 and tie, and the second choice becomes an accident. Its weight is far below the "
+        "bound, so that choice is counted as don't care.",
         {"x": x, "gate": np.array(logits).T.copy()}, {"k": 2}, tags=("gap",),
     )  # fmt: skip
 

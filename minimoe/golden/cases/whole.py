@@ -147,8 +147,10 @@ def _generate() -> list[Spec]:
              "window", 1, 3, 8, "window"),
         spec("padded", "Prompts of 2 and 5 tokens, padded on the left: each goes on as if it were alone, at its own "
              "positions.", "base", 2, 5, 3, "padding", mask=mask),
-        spec("stops", "The first sequence produces the end-of-text token (id 12) and repeats it; the other goes on.",
-             "stops", 2, 3, 4),
+        spec("padded-right", "Prompts of 2 and 5 tokens, padded on the right: the next token follows the last one "
+             "that is real, not the last column.", "base", 2, 5, 3, "padding", mask=mask[:, ::-1]),
+        spec("stops", "The first sequence produces the end-of-text token (id 12) and repeats it, although the "
+             "model would go on with another; the second goes on.", "stops", 2, 3, 4),
         spec("sampled", "Temperature 0.75 with top_p 0.875: which token a random number draws is pinned, so sampling "
              "is comparable at all. No number lies near an edge of the distribution.",
              "base", 2, 3, 4, "sampled", temperature=0.75, top_p=0.875, uniform=random),

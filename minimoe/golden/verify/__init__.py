@@ -10,7 +10,7 @@ Everything is measured in bounds: error = max |output - truth| over a tensor, bo
 and what counts is error ÷ bound. Exit status: 0 all fits, 1 something does not, 2 bad usage or an unreadable kit.
 """
 
-from .check import check, check_folder, matching, select
+from .check import check, check_folder, expected_failures, matching, select
 from .compare import compare, force_routing
 from .files import read_outputs, unknown_files
 from .kit import VERSION, Case, KitError, Output, read_kit, read_tensors
@@ -19,6 +19,6 @@ from .results import CaseResult, Decision, Element, TensorResult, describe, deta
 
 __all__ = [
     "VERSION", "Case", "CaseResult", "Decision", "Element", "KitError", "Output", "Report", "TensorResult", "check",
-    "check_folder", "compare", "describe", "details", "force_routing", "matching", "read_kit", "read_outputs",
-    "read_tensors", "select", "unknown_files",
+    "check_folder", "compare", "describe", "details", "expected_failures", "force_routing", "matching", "read_kit",
+    "read_outputs", "read_tensors", "select", "unknown_files",
 ]  # fmt: skip

@@ -51,11 +51,15 @@ def _matches(case: Case, patterns: Sequence[str]) -> bool:
 
 
 def check(
-    cases: Iterable[Case], load: Callable[[Case], Mapping[str, Any] | None], profile: str
+    cases: Iterable[Case],
+    load: Callable[[Case], Mapping[str, Any] | None],
+    profile: str,
+    expected: Mapping[str, str] | None = None,
 ) -> list[tuple[Case, CaseResult, Mapping[str, Any]]]:
     """Compare the outputs that `load` returns; a call without any (None) is not offered.
 
-    What `load` raises is that case's problem; the others are still checked.
+    What `load` raises is that case's problem; the others are still checked. `expected` are patterns of the cases that
+    must fail, with the reason.
     """
     entries: list[tuple[Case, CaseResult, Mapping[str, Any]]] = []
     for case in cases:
@@ -68,6 +72,7 @@ def check(
             result.absent = "missing" if outputs is None else ""
         if outputs is not None:
             result = compare(case, outputs, profile)
+        result.deviation = next((why for pattern, why in (expected or {}).items() if _matches(case, [pattern])), "")
         entries.append((case, result, outputs or {}))
     offered = {case.call for case, result, _ in entries if result.absent != "missing"}
     for case, result, _ in entries:
@@ -77,9 +82,9 @@ def check(
 
 def check_folder(
     kit: str | Path, outputs: str | Path, profile: str = "float32", only: Sequence[str] = (), inference: bool = False,
-    allow_missing: bool = False,
+    allow_missing: bool = False, expected: Sequence[str] = (),
 ) -> Report:  # fmt: skip
-    """Hold a folder of outputs against a kit.
+    """Hold a folder of outputs against a kit; `expected` names the cases that must fail, see `expected_failures`.
 
     Raises
     ------
@@ -90,12 +95,35 @@ def check_folder(
     chosen = select(cases, profile, only, inference)
     if not Path(outputs).is_dir():
         raise KitError(f"{outputs}: there is no such folder of outputs")
-    entries = check(chosen, lambda case: read_outputs(outputs, case), profile)
+    entries = check(chosen, lambda case: read_outputs(outputs, case), profile, expected_failures(expected, chosen))
     warnings = unknown_files(outputs, cases)
     if all(result.absent for _, result, _ in entries):
         found = f" ({warnings[0]})" if warnings else ""
         raise KitError(f"{outputs}: holds no outputs of {chosen[0].id}.npz or any other chosen case{found}")
     return Report(str(kit), profile, entries, len(cases), warnings, allow_missing=allow_missing)
+
+
+def expected_failures(given: Sequence[str], cases: Sequence[Case]) -> dict[str, str]:
+    """Return {pattern: reason} of the cases that must fail.
+
+    Parameters
+    ----------
+    given : patterns; or files that have a pattern a line, with its reason after a #
+
+    Raises
+    ------
+    KitError
+        If a pattern matches none of the cases.
+    """
+    found: dict[str, str] = {}
+    for one in given:
+        lines = Path(one).read_text(encoding="utf-8").splitlines() if Path(one).is_file() else [one]
+        for line in lines:
+            pattern, _, reason = (part.strip() for part in line.partition("#"))
+            if pattern:
+                found[pattern] = reason or "expected to fail"
+    matching(cases, list(found))
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,5 +132,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="cases or calls, as 'gating*'")
     parser.add_argument("--inference", action="store_true", help="leave out what only training needs")
     parser.add_argument("--allow-missing", action="store_true", help="cases without outputs are no failures")
+    parser.add_argument(
+        "--expect-failure", action="append", default=[], metavar="PATTERN",
+        help="these must fail: a pattern, or a file with one a line and its reason after a #",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--junit", metavar="FILE", help="also write a JUnit file")

@@ -78,8 +78,8 @@ class Report:
             says = "\n".join([describe(result), *details(result)])
             if result.status == "fail" or (result.absent and not self.allow_missing):
                 ET.SubElement(test, "failure", message=_xml(describe(result))).text = _xml(says)
-            elif result.absent:
-                ET.SubElement(test, "skipped", message=result.absent)
+            elif result.absent or result.status == "deviates":
+                ET.SubElement(test, "skipped", message=_xml(result.absent or f"expected to fail: {result.deviation}"))
         if self.problem:
             test = ET.SubElement(suite, "testcase", classname="golden", name="program")
             ET.SubElement(test, "error", message=_xml(self.problem))
@@ -97,7 +97,7 @@ class Report:
         """
         head = f"golden kit {self.kit}, version {VERSION} · profile {self.profile} · {len(self.entries)} cases"
         lines = [paint(head + (f" of {self.total}" if len(self.entries) < self.total else ""), "bold"), ""]
-        lines += [*self._table(paint), *self._excused()]
+        lines += [*self._table(paint), *self._excused(), *self._deviations()]
         lines += [""] if self.failures else []
         for case, result, _ in self.failures[:SHOWN]:
             lines += [paint(f"{case.id}: {cut(describe(result), 150)}", "red")]
@@ -121,19 +121,29 @@ class Report:
         says = f"routing: {', '.join(f'{kind} ({n})' for kind, n in kinds.items())} in passing cases: no errors"
         return [says + (f"; {left:,} numbers that follow from them were not compared" if left else "")]
 
+    def _deviations(self) -> list[str]:
+        """The cases that fail as expected, by reason."""
+        reasons: dict[str, list[str]] = {}
+        for result in self.results:
+            if result.status == "deviates":
+                reasons.setdefault(result.deviation, []).append(result.id)
+        lines = [cut(f"deviates: {', '.join(ids)}: {why}", 150) for why, ids in list(reasons.items())[:SHOWN]]
+        more = sum(len(ids) for ids in list(reasons.values())[SHOWN:])
+        return lines + ([f"and {more} more cases deviate (--json lists them)"] if more else [])
+
     def _table(self, paint: Callable[[str, str], str]) -> list[str]:
         """A row per call; where something is wrong, the calls that pass share one line."""
         calls: dict[str, list[CaseResult]] = {}
         for result in self.results:
             calls.setdefault(result.call, []).append(result)
-        good = [call for call, found in calls.items() if all(r.status == "pass" for r in found)]
+        good = [call for call, found in calls.items() if all(r.status in ("pass", "deviates") for r in found)]
         rest = [call for call in calls if call not in good]
         rows = [call for call in calls if call in (rest[:7] if rest else good)]
         names = ("pass", "fail", "missing", "not offered")
         lines = [f"{'call':<24}{'pass':>6}{'fail':>6}{'missing':>9}{'not offered':>13}  error ÷ bound"]
         for call in rows:
             counts = Counter(r.status for r in calls[call])
-            worst = max(r.ratio for r in calls[call])
+            worst = max((r.ratio for r in calls[call] if r.status != "deviates"), default=0.0)
             cells = "".join(f"{counts[n] or '·':>{w}}" for n, w in zip(names, (6, 6, 9, 13), strict=True))
             colour = "red" if counts["fail"] else "green" if call in good else "yellow"
             shown = "not equal" if worst == math.inf else f"{worst:.3g}" if counts["pass"] + counts["fail"] else "·"
@@ -141,7 +151,7 @@ class Report:
         if len(rest) > 7:
             lines.append(f"and {len(rest) - 7} more calls: {cut(', '.join(rest[7:]), 120)}")
         if rest and good:
-            cases = sum(len(calls[call]) for call in good)
+            cases = sum(r.status == "pass" for call in good for r in calls[call])
             lines.append(paint(f"all {cases} cases pass of {cut(', '.join(good), 120)}", "green"))
         return lines
 
@@ -152,9 +162,13 @@ class Report:
             return [f"nothing was given; begin with one op: {self.results[0].id}.npz, --only '{self.results[0].call}*'"]
         if not self.failures:
             if not absent:
-                return ["everything fits"] if len(self.entries) == self.total else ["everything chosen fits"]
+                but = " but the deviations" if any(r.deviation for r in self.results) else ""
+                chosen = "" if len(self.entries) == self.total else " chosen"
+                return [f"everything{chosen} fits{but}"]
             calls = ", ".join(dict.fromkeys(r.call for r in absent))
             return [f"everything given fits; not given: {cut(calls, 90)} (--allow-missing or --only if that is meant)"]
+        if all(result.deviation for _, result, _ in self.failures):
+            return ["next: strike what passes from the deviations or expected failures"]
         for profile in self.failures[0][0].profiles:
             if profile != self.profile and self._fits(profile):
                 return [f"next: all that fails fits profile {profile}: if it computes that way, --profile {profile}"]

@@ -92,6 +92,7 @@ class CaseResult:
     ----------
     absent : "missing" or "not offered" where there are no outputs, else ""
     problem : why the outputs cannot be read or made, else ""
+    deviation : why the case is expected to fail, else ""
     tensors : in execution order, then unknown ones
     decisions : routing decisions that are not the golden ones
     cause : whether the first failing step's inputs still fit, in words
@@ -105,6 +106,7 @@ class CaseResult:
     why: str = ""
     absent: str = ""
     problem: str = ""
+    deviation: str = ""
     tensors: list[TensorResult] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     cause: str = ""
@@ -113,9 +115,13 @@ class CaseResult:
 
     @property
     def status(self) -> str:
-        """Either "pass" or "fail", or what `absent` says."""
+        """Either "pass" or "fail", or what `absent` says; "deviates" where a failure is expected, and must come."""
         broken = self.problem or self.first_failure or (self.forced is not None and self.forced.status == "fail")
-        return self.absent or ("fail" if broken else "pass")
+        if self.absent:
+            return self.absent
+        if self.deviation:
+            return "deviates" if broken else "fail"
+        return "fail" if broken else "pass"
 
     @property
     def first_failure(self) -> TensorResult | None:
@@ -139,6 +145,8 @@ class CaseResult:
 def describe(result: CaseResult) -> str:
     """One line: what is wrong first."""
     wrong = result.first_failure
+    if result.deviation and result.status == "fail":
+        return f"passes, but was expected to fail ({result.deviation}): no deviation any more"
     if result.problem or wrong is None:
         return result.problem or result.absent or result.status
     size = f" (up to {wrong.ratio:.3g} bounds off)" if wrong.status == "fail" and math.isfinite(wrong.ratio) else ""
