@@ -278,13 +278,20 @@ def _model(
 def _model_chunks(ops: Backend, model: GoldenModel, tokens: Array, chunks: list[int], max_length: int) -> Arrays:
     config, params = model.config, model.params
     cache = mixtral.new_cache(ops, config, params, len(tokens), max_length)
-    logits, start = [], 0
+    found: dict[str, list[Array]] = {}
+    start = 0
     for length in chunks:
         piece = to_host(tokens)[:, start : start + length]
         inputs = mixtral.check_inputs(piece, config.vocab_size, cache=cache)
-        logits.append(mixtral.forward(ops, config, params, inputs, cache=cache)[0])
+        logits, routed = mixtral.forward(ops, config, params, inputs, cache=cache)
+        for i, layer in enumerate([] if config.dense else routed):
+            for name in ("logits", "ids", "weights"):
+                x = getattr(layer, name).reshape(*piece.shape, -1)  # (B T, _) -> (B, T, _)
+                found.setdefault(f"layers.{i}.gating.{name}", []).append(x)
+        found.setdefault("logits", []).append(logits)
         start += length
-    return {"logits": ops.xp.concatenate(logits, axis=1)}
+    joined = {name: ops.xp.concatenate(parts, axis=1) for name, parts in found.items()}
+    return {name: x if name == "logits" else x.reshape(-1, x.shape[-1]) for name, x in joined.items()}
 
 
 def _model_generate(
@@ -434,7 +441,8 @@ _TABLE = [
          (_i("tokens", "B T"), _i("mask", "B T", True), _i("positions", "B T", True), _i("ids", "L N k", True)), (),
          _TRACE, _model),
     Call("model.chunks", "model", "the same tokens fed in chunks through a key/value cache",
-         (_i("tokens", "B T"),), ("chunks", "max_length"), (_f("logits", "B T V"),), _model_chunks),
+         (_i("tokens", "B T"),), ("chunks", "max_length"),
+         (_f("layers.*.gating.*", "see `minimoe.trace`", True), _f("logits", "B T V")), _model_chunks),
     Call("model.generate", "model", "continue the prompts; uniform[step, b] is the random number of step and row",
          (_i("tokens", "B T"), _f("uniform", "steps B"), _i("mask", "B T", True)), ("temperature", "top_p"),
          (_i("ids", "B steps"),), _model_generate),

@@ -1,7 +1,7 @@
 """A kit of one's own checkpoint and prompt: what is kept, how it is written, and whether it still belongs to it.
 
 It is like the bundled one, with two cases: `model/own`, every named intermediate of the prompt, and
-`model.chunks/own`, the logits of the same tokens fed through a key/value cache. The weights stay where they are (see
+`model.chunks/own`, routing and logits of the same tokens fed through a key/value cache. The weights stay where they are (see
 `exact`); the kit knows their folder and a digest. What is kept is limited by name and by size.
 """
 
@@ -154,7 +154,8 @@ def _cases(wish: Wish, tokens: np.ndarray, truth: dict[str, np.ndarray]) -> list
         settings = {"chunks": [T - single] + [1] * single, "max_length": T}
         why = f"The same tokens fed through a key/value cache: {T - single} at once, then one by one."
         spec = Spec("model.chunks/own", why, inputs, settings, model, profiles=profiles)
-        built.append(make.Built(spec, inputs, {"logits": truth["logits"]}))
+        same = {name: x for name, x in truth.items() if name == "logits" or outputs.inside(name) in _ROUTING}
+        built.append(make.Built(spec, inputs, same))
     return built
 
 

@@ -66,8 +66,8 @@ def gating(logits, forced=False, **more):
     return entry("gating/drawn", "gating", "op", tensors, **more), inputs, truth
 
 
-def model(layers=2, near=(), required=("logits",), mask=None):
-    """A case of a whole model; `near` holds the (layer, token) whose second and third choice all but tie."""
+def model(layers=2, near=(), required=("logits",), mask=None, lead=0.4):
+    """A case of a whole model; `near` holds the (layer, token) whose second choice has a lead of so many bounds."""
     rng, tensors = np.random.default_rng(7), {}
 
     def draw(letters):
@@ -80,7 +80,7 @@ def model(layers=2, near=(), required=("logits",), mask=None):
         for at, token in near:
             if at == layer:
                 second, third = np.argsort(-logits[token])[1:3]
-                logits[token, third] = logits[token, second] - 0.4 * BOUND * 3  # the bound is 3e-6, 2 bounds 6e-6
+                logits[token, third] = logits[token, second] - lead * BOUND * 3  # the bound is 3e-6, 2 bounds 6e-6
         block["gating.logits"] = logits
         block["gating.ids"], block["gating.weights"] = route(logits)
         block["attention.scores"][..., np.triu_indices(5, 1)[0], np.triu_indices(5, 1)[1]] = -np.inf

@@ -24,7 +24,8 @@ def compare(case: Case, outputs: Mapping[str, Any], profile: str = "float32") ->
     Floats may come in any float type and memory order (bfloat16 as float32, or in ml_dtypes' type), integers in any
     integer type. Where the truth is -inf (scores of keys that cannot be seen), -inf and whatever is at most `HIDDEN`
     fit; where it is NaN (padding), anything does, and routing of padding is not compared. What follows a decision that
-    is not the golden one is left out: the rows of that token, and in later layers those of the tokens after it.
+    is not the golden one is left out: the rows of that token, and in later layers those of the tokens after it. Where
+    the routing is not given, what a near tie may have changed is left out if it does not fit, and if anything remains.
 
     Raises
     ------
@@ -39,13 +40,14 @@ def compare(case: Case, outputs: Mapping[str, Any], profile: str = "float32") ->
         return result
     comparison = _Comparison(case, outputs, profile)
     result.tensors = [t for output in case.outputs if (t := comparison.tensor(output)) is not None]
-    result.decisions = comparison.decisions
+    result.decisions, result.doubted = comparison.decisions, comparison.doubted
     known = [output.name for output in case.outputs]
     extra = [str(name) for name in outputs if name not in known]
     result.tensors += [TensorResult(n, "extra", says=f"no output of this case{similar(n, known)}") for n in extra]
     result.cause = find_cause(case, result.tensors)
-    if result.first_failure and (hint := comparison.closest()):
-        result.notes.append(hint)
+    if comparison.doubts and (result.doubted or result.first_failure):
+        left = f"{', '.join(result.doubted)} may follow from near ties in" if result.doubted else "near ties are in"
+        result.notes.append(f"{left} {_few(comparison.doubts)}: give these outputs, to see which experts won")
     if left := int(np.isfinite(comparison.flipped).sum()):
         result.notes.append(
             f"{left} of {comparison.flipped.size} tokens follow other experts, and are left out from there on"
@@ -68,6 +70,9 @@ class _Comparison:
         self.padding = np.zeros(grid, bool) if mask is None else ~mask.astype(bool)  # (B, T)
         self.last = max((split_layer(o.name)[0] or 0 for o in case.outputs), default=0)
         self.flipped = np.full(grid, np.inf)  # (B, T): the first layer in which the choice is not the golden one
+        self.doubtful = np.full(grid, np.inf)  # (B, T): the first layer in which it may be another, and is not given
+        self.doubts: list[str] = []  # outputs, not given, in which it may be
+        self.doubted: list[str] = []  # outputs that do not fit where it may be
 
     def bound(self, name: str) -> float:
         """What the error of an output may be; 0 where the kit gives no bound."""
@@ -83,27 +88,33 @@ class _Comparison:
         if name not in self.outputs:
             unknown = [str(n) for n in self.outputs if n not in [o.name for o in self.case.outputs]]
             result.status, result.says = "missing", f"not given{similar(name, unknown)}"
+            self.doubt(output)
             return result if output.required else None
         truth = self.truth[name]
         array, result.status, result.says = read_array(self.outputs[name], truth, output)
         if array is None:
             return result
         self.arrays[name] = array
-        keep = self.comparable(output)
+        keep = self.comparable(output, self.flipped)
         if is_routing(self.case, name):
-            return self.routing(output, array, keep)
+            return self.routing(output, array, keep & self.comparable(output, self.doubtful))
         array, truth, keep = self.follow(output, array, truth, keep)
         if output.kind == "float" and self.profile not in output.bounds:
             result.status, result.says = "not comparable", f"the kit has no bound for it in profile {self.profile}"
             return result
-        return measure(result, output, array, truth, keep, self.bound(name))
+        result = measure(result, output, array, truth, keep, self.bound(name))
+        sure = keep & self.comparable(output, self.doubtful)
+        if result.failed and sure.any() and not sure[keep].all():
+            result = measure(TensorResult(name), output, array, truth, sure, self.bound(name))
+            self.doubted += [] if result.failed else [name]
+        return result
 
-    def comparable(self, output: Output) -> np.ndarray:
-        """Which elements are neither padding nor follow another choice of experts."""
+    def comparable(self, output: Output, flipped: np.ndarray) -> np.ndarray:
+        """Which elements are neither padding nor follow another choice of experts, first `flipped` (B, T) layers on."""
         layer, stage = self.place(output.name)
-        early = np.logical_or.accumulate(self.flipped < layer, axis=1)  # attention carries it to later tokens
-        mixed = np.logical_or.accumulate(self.flipped < layer - 1, axis=1)  # it did so already in the layer before
-        gone = {0: mixed | (self.flipped < layer), 1: early, 2: early | (self.flipped <= layer)}[stage]
+        early = np.logical_or.accumulate(flipped < layer, axis=1)  # attention carries it to later tokens
+        mixed = np.logical_or.accumulate(flipped < layer - 1, axis=1)  # it did so already in the layer before
+        gone = {0: mixed | (flipped < layer), 1: early, 2: early | (flipped <= layer)}[stage]
         letters = output.letters.split()
         rows = self.padding | gone
         if "N" in letters:
@@ -196,17 +207,26 @@ class _Comparison:
         slots = same.argmax(axis=2)[:, :, None]
         return np.take_along_axis(array, slots, axis=1), truth, keep & same.any(axis=2)[:, :, None]
 
-    def closest(self) -> str:
-        """Where the routing is not given, name a decision that may have gone the other way by roundings alone."""
-        for output in self.case.outputs:
-            logits = output.name.removesuffix("ids") + "logits"
-            if is_routing(self.case, output.name) and output.name not in self.arrays and logits in self.truth:
-                k = self.truth[output.name].shape[1]
-                ordered = -np.sort(-self.truth[logits], axis=1)
-                margins = (ordered[:, k - 1 : k] - ordered[:, k : k + 1]).reshape(-1)  # none where k = E
-                if (margins <= 2 * self.bound(logits)).any():
-                    return f"{output.name}, token {margins.argmin()} is a near tie: give it, to see which experts won"
-        return ""
+    def doubt(self, output: Output) -> None:
+        """Remember which tokens may have gone to other experts by roundings alone, where the routing is not given.
+
+        Exact ties are none of these: which expert wins is pinned.
+        """
+        name, logits = output.name, output.name.removesuffix("ids") + "logits"
+        if not is_routing(self.case, name) or logits not in self.truth or "ids" in self.inputs:
+            return
+        k, layer = self.truth[name].shape[1], self.place(name)[0]
+        ordered = -np.sort(-self.truth[logits], axis=1)
+        margins = ordered[:, k - 1 : k] - ordered[:, k : k + 1]  # (N, 1); none where k = E
+        near = ((margins > 0) & (margins <= 2 * self.bound(logits))).any(axis=1)
+        if near.any() and near.size == self.doubtful.size:
+            near = near.reshape(self.doubtful.shape) & ~self.padding
+            self.doubtful[near] = np.minimum(self.doubtful[near], layer)
+            self.doubts.append(name)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def force_routing(case: Case, result: CaseResult, run: Callable[[np.ndarray], Mapping[str, Any]], profile: str) -> None:

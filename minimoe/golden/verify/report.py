@@ -113,13 +113,15 @@ class Report:
 
     def _excused(self) -> list[str]:
         """Choices of passing cases that are not the golden ones, and what could not be compared because of them."""
-        cases = [r for r in self.results if r.status == "pass" and r.decisions]
+        passing = [r for r in self.results if r.status == "pass"]
+        lines = [f"{r.id}: {cut(r.notes[0], 150)}" for r in passing if r.doubted]
+        cases = [r for r in passing if r.decisions]
         if not cases:
-            return []
+            return lines
         kinds = Counter(d.kind for r in cases for d in r.decisions)
         left = sum(t.size - t.compared for r in cases for t in r.tensors if r.forced is None)
         says = f"routing: {', '.join(f'{kind} ({n})' for kind, n in kinds.items())} in passing cases: no errors"
-        return [says + (f"; {left:,} numbers that follow from them were not compared" if left else "")]
+        return [says + (f"; {left:,} numbers that follow from them were not compared" if left else ""), *lines]
 
     def _deviations(self) -> list[str]:
         """The cases that fail as expected, by reason."""

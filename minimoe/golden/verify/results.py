@@ -97,6 +97,7 @@ class CaseResult:
     decisions : routing decisions that are not the golden ones
     cause : whether the first failing step's inputs still fit, in words
     forced : how a second run compares in which the golden routing was imposed; see `force_routing`
+    doubted : outputs that differ only in what may follow from near ties, in routing that is not given
     notes : what else to say
     """
 
@@ -111,6 +112,7 @@ class CaseResult:
     decisions: list[Decision] = field(default_factory=list)
     cause: str = ""
     forced: CaseResult | None = None
+    doubted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
