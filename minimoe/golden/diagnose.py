@@ -212,17 +212,22 @@ def _stands(suspect: _Suspect, passing: Sequence[Case], profile: str, planted: P
 
 
 def _best(suspects: list[_Suspect], rest: Sequence[Case]) -> list[_Suspect]:
-    """The suspect that explains most of the rest, nearest to the ops, and is contradicted least; several if equal."""
+    """The suspect that explains most of the rest, nearest to the ops, and is contradicted least; several if equal.
+
+    A few token ids may agree by chance: they count where a suspect explains nothing else.
+    """
     level = {case.id: LEVELS.index(case.level) for case in rest}
+    numbers = {case.id for case in rest if any(o.required and o.kind == "float" for o in case.outputs)}
     gains = {suspect: gain for suspect in suspects if (gain := suspect.explained & set(level))}
     if not gains:
         return []
+    gains = {suspect: gain & numbers or gain for suspect, gain in gains.items()}
     first = min(level[id] for gain in gains.values() for id in gain)
 
     def key(suspect: _Suspect) -> tuple[int, ...]:
         gain = gains[suspect]
         nearest = sum(level[id] == first for id in gain)
-        return nearest - suspect.strong, len(gain), -suspect.weak, len(suspect.inner & gain)
+        return nearest - suspect.strong, bool(gain & numbers), len(gain), -suspect.weak, len(suspect.inner & gain)
 
     best = max(map(key, gains))
     return [suspect for suspect in gains if key(suspect) == best and gains[suspect] == gains[max(gains, key=key)]]
