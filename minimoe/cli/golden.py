@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checking.add_argument("outputs", nargs="?", metavar="OUTPUTS", help="folder of <id>.safetensors or <id>.npz")
     checking.add_argument("--adapter", metavar="MODULE:NAME", help="run a Python adapter instead of reading OUTPUTS")
     checking.add_argument("--backend", metavar="NAME", help="run numpy, numba or cuda instead of reading OUTPUTS")
+    checking.add_argument(
+        "--timeout", type=float, default=600.0, metavar="S", help="seconds for one case of an adapter (default 600)"
+    )
     add_choice(checking)
     checking.set_defaults(subrun=_check, profile=None)
 
@@ -112,6 +116,7 @@ def _check(args: argparse.Namespace) -> int:
     given = [name for name in ("outputs", "adapter", "backend") if getattr(args, name) is not None]
     if len(given) != 1:
         raise ValueError("give one of OUTPUTS, --adapter and --backend: minimoe golden check KIT OUTPUTS")
+    _check_timeout(args.timeout)
     _check_models(args.kit)
     if args.outputs is not None:
         profile = args.profile or "float32"
@@ -121,13 +126,14 @@ def _check(args: argparse.Namespace) -> int:
     else:
         adapter = load(args.adapter) if args.adapter is not None else OurBackend(make_backend(args.backend))
         adapter.profile = args.profile or adapter.profile
-        found = report.check_adapter(adapter, args.kit, args.only, args.inference, _progress, args.expect_failure)
+        found = report.check_adapter(
+            adapter, args.kit, args.only, args.inference, _progress, args.expect_failure, args.timeout
+        )
     return _show(args, found)
 
 
 def _run(args: argparse.Namespace) -> int:
-    if not args.timeout > 0:
-        raise ValueError(f"--timeout must be more than 0 seconds, not {args.timeout:g}")
+    _check_timeout(args.timeout)
     _check_models(args.kit)
     program = args.program[1:] if args.program[:1] == ["--"] else args.program
     found = external.check_program(
@@ -135,6 +141,11 @@ def _run(args: argparse.Namespace) -> int:
         args.expect_failure,
     )  # fmt: skip
     return _show(args, found)
+
+
+def _check_timeout(seconds: float) -> None:
+    if not 0 < seconds < threading.TIMEOUT_MAX:  # NaN is not, either
+        raise ValueError(f"--timeout must be more than 0 seconds, not {seconds:g}")
 
 
 def _check_models(kit: str) -> None:

@@ -12,11 +12,14 @@ offered, and skipped. `pytest --minimoe-adapter my_module:Mine` then holds it ag
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
+import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -193,6 +196,29 @@ def load(spec: str) -> Adapter:
     if not callable(getattr(made, "run", None)):
         raise AdapterError(f"{spec}: has no method `run`; derive it from minimoe.golden.adapters.Adapter")
     return made  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer: an adapter that loops or waits for ever. 0: no limit.
+
+    Only Python's main thread can be interrupted so, where there is SIGALRM, and only between two steps of Python code:
+    for what hangs inside a library, start a program of its own with `minimoe golden run`.
+    """
+    if not seconds or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"gave no answer within {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    rest, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, rest)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _import(where: str) -> Any:

@@ -1,8 +1,8 @@
 """A kit of one's own checkpoint and prompt: what is kept, how it is written, and whether it still belongs to it.
 
 It is like the bundled one, with two cases: `model/own`, every named intermediate of the prompt, and
-`model.chunks/own`, routing and logits of the same tokens fed through a key/value cache. The weights stay where they are (see
-`exact`); the kit knows their folder and a digest. What is kept is limited by name and by size.
+`model.chunks/own`, routing and logits of the same tokens fed through a key/value cache. The weights stay where they are
+(see `exact`); the kit knows their folder and a digest. What is kept is limited by name and by size.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minimoe.golden import verify
-from minimoe.golden.adapters import Adapter, NotOffered, outputs_of
+from minimoe.golden.adapters import Adapter, NotOffered, outputs_of, time_limit
 from minimoe.golden.verify import Case, CaseResult, Report
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -55,6 +55,7 @@ def check_adapter(
     inference: bool = False,
     progress: Callable[[Sequence[Case]], Iterable[Case]] = lambda cases: cases,
     expected: Sequence[str] = (),
+    timeout: float = 0.0,
 ) -> Report:
     """Hold an adapter against a kit, in its own profile; what it does not offer is no failure.
 
@@ -64,6 +65,7 @@ def check_adapter(
     Parameters
     ----------
     progress : wraps the cases while they are run, as tqdm does
+    timeout : seconds for one case (see `adapters.time_limit`); 0: no limit
     """
     _, cases = verify.read_kit(kit)
     chosen = verify.select(cases, adapter.profile, only, inference)
@@ -71,7 +73,8 @@ def check_adapter(
 
     def load(case: Case) -> Mapping[str, Any] | None:
         try:
-            return outputs_of(case, adapter.run(case))
+            with time_limit(timeout):
+                return outputs_of(case, adapter.run(case))
         except NotOffered:
             return None
 
@@ -79,9 +82,13 @@ def check_adapter(
         entries = verify.check(progress(chosen), load, adapter.profile, must_fail)
         if getattr(adapter, "forces_routing", False):
             for case, result, _ in entries:
-                _force(adapter, case, result)
+                _force(adapter, case, result, timeout)
     return Report(str(kit), adapter.profile, entries, len(cases), allow_missing=True)
 
 
-def _force(adapter: Adapter, case: Case, result: CaseResult) -> None:
-    verify.force_routing(case, result, lambda ids: adapter.run(case, ids), adapter.profile)
+def _force(adapter: Adapter, case: Case, result: CaseResult, timeout: float) -> None:
+    def run(ids: Any) -> Mapping[str, Any]:
+        with time_limit(timeout):
+            return outputs_of(case, adapter.run(case, ids))
+
+    verify.force_routing(case, result, run, adapter.profile)

@@ -1,5 +1,8 @@
 """Adapters: how cases reach an implementation, and how what it returns is read."""
 
+import signal
+import time
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -243,6 +246,29 @@ def test_a_deviation_that_is_not_offered_is_not_offered():
 def test_an_expected_failure_that_no_case_has_is_refused():
     with pytest.raises(verify.KitError, match="no case matches 'gatin/x'"):
         report.check_adapter(Deviating(), expected=["gatin/x"])
+
+
+# ---- adapters that hang
+
+
+class Hanging(Deviating):
+    """Its norm never ends."""
+
+    deviations = {}  # noqa: RUF012
+
+    def rmsnorm(self, inputs, settings, folder):
+        while True:
+            time.sleep(0.01)
+
+
+def test_a_case_that_hangs_is_ended_and_the_others_are_checked():
+    before = signal.getsignal(signal.SIGALRM)
+    found = report.check_adapter(Hanging(), only=["rmsnorm/plain", "linear/wide"], timeout=0.2)
+    assert {r.id: r.problem for r in found.results} == {
+        "rmsnorm/plain": "TimeoutError: gave no answer within 0.2 seconds", "linear/wide": "",
+    }  # fmt: skip
+    assert [r.status for r in found.results] == ["fail", "pass"]
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 # ---- loading

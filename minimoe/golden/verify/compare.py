@@ -46,8 +46,8 @@ def compare(case: Case, outputs: Mapping[str, Any], profile: str = "float32") ->
     result.tensors += [TensorResult(n, "extra", says=f"no output of this case{similar(n, known)}") for n in extra]
     result.cause = find_cause(case, result.tensors)
     if comparison.doubts and (result.doubted or result.first_failure):
-        left = f"{', '.join(result.doubted)} may follow from near ties in" if result.doubted else "near ties are in"
-        result.notes.append(f"{left} {_few(comparison.doubts)}: give these outputs, to see which experts won")
+        says = f"{', '.join(result.doubted)} may follow from near ties in" if result.doubted else "near ties are in"
+        result.notes.append(f"{says} {_few(comparison.doubts)}: give these outputs, to see which experts won")
     if left := int(np.isfinite(comparison.flipped).sum()):
         result.notes.append(
             f"{left} of {comparison.flipped.size} tokens follow other experts, and are left out from there on"
