@@ -393,6 +393,13 @@ def test_if_a_near_tie_may_have_changed_everything_all_must_fit(drawn):
     assert result.notes[0].startswith("near ties are in layers.0.gating.ids: give these outputs")
 
 
+def test_near_ties_of_padding_excuse_nothing(drawn):
+    mask = np.ones((2, 5), bool)
+    mask[1, 0] = False
+    case, outputs = drawn(near=[(0, 5)], mask=mask)
+    assert compare(case, without_routing(outputs | {"logits": _moved(outputs["logits"], 7)})).status == "fail"
+
+
 def test_exact_ties_are_no_near_ties(drawn):
     for lead, status in ((1.9, "pass"), (0.0, "fail"), (2.1, "fail")):
         case, outputs = drawn(near=[(1, 3)], lead=lead)
