@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from minimoe import threads as _threads
+
 if TYPE_CHECKING:
     from minimoe.config import PRESETS, ConfigError, ModelConfig, preset
     from minimoe.golden.check import check
@@ -28,6 +30,9 @@ _HOMES = {
     "PRESETS": "config", "ConfigError": "config", "ModelConfig": "config", "preset": "config",
     "Model": "model", "load": "model", "random": "model", "Routing": "shapes", "check": "golden.check",
 }  # fmt: skip
+
+
+_threads.before_numba()
 
 
 def __getattr__(name: str) -> Any:

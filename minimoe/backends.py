@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import warnings
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from minimoe import threads
 from minimoe.arrays import cupy_module
 from minimoe.ops.adamw import AdamW
 from minimoe.ops.attention import Attention
@@ -32,6 +34,12 @@ from minimoe.ops.sampling import Sampling
 from minimoe.shapes import Array
 
 DIALECT_FILES = {"numpy": "reference", "numba": "numba_cpu", "cuda": "cupy_gpu"}
+
+
+SLOW_THREADS = (
+    "Numba starts threads by its own work queue, which is slow (about 100 µs a loop) and must not be entered by two "
+    "Python threads at once: install OpenMP (libgomp1) or TBB (pip install tbb)"
+)
 
 
 class BackendError(ValueError):
@@ -98,6 +106,10 @@ def make_backend(name: str = "auto") -> Backend:
             cupy_module()
         except ValueError as error:
             raise BackendError(str(error)) from None
+    if name == "numba":
+        threads.check()
+        if threads.layer() == "workqueue":
+            warnings.warn(SLOW_THREADS, RuntimeWarning, stacklevel=2)
     dialects: dict[tuple[str, str], str] = {}
     rooms: dict[str, Any] = {room: _cells(room, DIALECT_FILES[name], dialects) for room in ROOMS}
     return Backend(name=name, dialects=dialects, **rooms)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from minimoe import threads
 from minimoe.model import Model, load
 from minimoe.reading import WINDOW, Reading, TextError, count_windows, read
 from minimoe.tokenizer import Tokenizer
@@ -23,6 +24,9 @@ FIGURE_TYPES = (".png", ".pdf", ".svg")
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """Add --backend."""
     parser.add_argument("--backend", default="auto", metavar="NAME", help="numpy, numba, cuda or auto (default)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of the CPU (default: $MINIMOE_NUM_THREADS, or one per core)"
+    )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +51,8 @@ def add_window(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace) -> Model:
     """Load the model of --model on --backend, and say so if its loops must be compiled first."""
     model = load(args.model, backend=args.backend)
+    if args.threads is not None:
+        threads.use(args.threads, "--threads")
     if model.ops.name == "numba":
         from minimoe.loops import cache_folder
 
