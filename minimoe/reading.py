@@ -124,7 +124,7 @@ def read_tokens(
     batch_size = max(1, min(32, _LOGITS_AT_ONCE // (window * config.vocab_size)))
     watched = _watched(ops, window, seen, progress)
     losses = evaluate(watched, config, params, tokens, window=window, batch_size=batch_size)
-    ids = None if config.dense else _in_text_order(seen, config.num_layers, tokens.size, window)[:, 1:]
+    ids = None if config.dense else in_text_order(seen, config.num_layers, tokens.size, window)[:, 1:]
     return Reading(name, tokens[1:], losses, ids, num_bytes, window)
 
 
@@ -172,7 +172,7 @@ def _watched(ops: Backend, window: int, seen: list[Array], progress: Callable[[i
     return dataclasses.replace(ops, **changed)
 
 
-def _in_text_order(seen: list[Array], num_layers: int, n: int, window: int) -> Int[Array, "L n k"]:
+def in_text_order(seen: list[Array], num_layers: int, n: int, window: int) -> Int[Array, "L n k"]:
     """Put the ids of all calls into the order of the text: of two windows, the one that saw more before a token.
 
     The calls of one batch come layer by layer; a batch holds whole windows, each starting half a window later.

@@ -1,6 +1,5 @@
 """The command line: what it prints is what the library says, and every mistake is one line."""
 
-import csv
 import importlib.util
 import json
 import os
@@ -125,10 +124,6 @@ MISTAKES = {
     "dense": (["route", "--model", "dense"], "dense: a dense model has no router: there is nothing to route"),
     "window too long": (["eval", "a.txt", "--model", "./tiny", "--window", "513"], "--window must be between 2 and"),
     "window too short": (["route", "--model", "./tiny", "--window", "1"], "--window must be between 2 and"),
-    "figure into nowhere": (["route", "--model", "./tiny", "--figure", "no/x.png"], "no/x.png: there is no folder no"),
-    "figure of no kind": (["route", "--model", "./tiny", "--figure", "x.doc"], "x.doc: the name must end in .png"),
-    "figure that is a folder": (["route", "--model", "./tiny", "--figure", "f.png"], "f.png: is a folder"),
-    "csv into nowhere": (["route", "--model", "./tiny", "--csv", "no/x.csv"], "no/x.csv: there is no folder no"),
     "demo into nowhere": (["demo", "--out", "no"], "no/minimoe_demo.png: there is no folder no"),
 }
 NO_BACKEND = {
@@ -265,6 +260,13 @@ def test_eval_says_that_long_texts_are_read_in_windows(minimoe_command):
     assert "windows" not in minimoe_command("eval", "b.txt", "--model", "./tiny")[1]
 
 
+def test_files_of_the_same_name_are_told_apart_by_their_paths(minimoe_command):
+    os.mkdir("other")
+    write("other/a.txt", b"1 + 1 = 2\n")
+    _, out, _ = minimoe_command("eval", "a.txt", "other/a.txt", "b.txt", "--model", "./tiny", "--json")
+    assert [one["name"] for one in json.loads(out)["texts"]] == ["a.txt", "other/a.txt", "b"]
+
+
 def test_eval_of_one_token_and_of_a_dense_model(minimoe_command):
     write("one.txt", b"{")
     status, out, _ = minimoe_command("eval", "one.txt", "--model", "dense", "--json")
@@ -272,59 +274,6 @@ def test_eval_of_one_token_and_of_a_dense_model(minimoe_command):
     assert status == 0 and told["balance"] == [] and told["texts"][0]["tokens"] >= 1
     status, out, _ = minimoe_command("eval", "one.txt", "--model", "dense")
     assert status == 0 and "layer" not in out
-
-
-# ---- route
-
-
-def test_route_counts_what_the_router_did(minimoe_command, tiny):
-    status, out, _ = minimoe_command("route", "a.txt", "b.txt", "--model", "./tiny", "--json", "--csv", "t.csv")
-    told = json.loads(out)
-    rows = list(csv.DictReader(Path("t.csv").read_text().splitlines()))
-    assert status == 0 and len(rows) == 2 * 3 * 8
-    for name, one in zip(("a", "b"), told["texts"], strict=True):
-        ids = tiny.trace(Path(f"{name}.txt").read_text()).routing.ids[:, 1:]  # without BOS
-        for layer in range(3):
-            counts = Counter(ids[layer].reshape(-1).tolist())
-            assert one["shares"][layer] == pytest.approx([counts[e] / ids[layer].size for e in range(8)])
-            first = np.array([n / ids.shape[1] for n in Counter(ids[layer, :, 0].tolist()).values()])
-            assert one["first_choice_entropy"][layer] == pytest.approx(-(first * np.log2(first)).sum())
-            same = [a == b for a, b in zip(ids[layer, :-1, 0], ids[layer, 1:, 0], strict=True)]
-            assert one["repeats"]["first"][layer] == pytest.approx(np.mean(same))
-            common = [bool({*a} & {*b}) for a, b in zip(ids[layer, :-1], ids[layer, 1:], strict=True)]
-            assert one["repeats"]["any"][layer] == pytest.approx(np.mean(common))
-            for e in range(8):
-                [row] = [r for r in rows if (r["text"], r["layer"], r["expert"]) == (name, str(layer), str(e))]
-                assert int(row["assignments"]) == counts[e]
-                assert int(row["first_choices"]) == (ids[layer, :, 0] == e).sum()
-                assert float(row["share"]) == pytest.approx(counts[e] / ids[layer].size, abs=1e-6)
-    assert len(told["information"]["bits"]) == len(told["information"]["shuffled"]["max"]) == 3
-
-
-def test_route_prints_tables_and_draws_the_shipped_texts(minimoe_command):
-    status, out, err = minimoe_command("route", "--model", "./tiny", "--figure", "shares.png")
-    assert (status, err) == (0, "wrote shares.png\n")
-    assert Path("shares.png").read_bytes().startswith(b"\x89PNG")
-    assert all(re.search(rf"^{name}: [\d,]+ tokens$", out, re.MULTILINE) for name in texts.names())
-    assert "measured  shuffled mean  shuffled max" in out
-    assert "read in windows" in out
-
-
-def test_route_of_one_token_has_no_repeats_and_one_text_no_information(minimoe_command):
-    write("one.txt", b" ")
-    status, out, _ = minimoe_command("route", "one.txt", "--model", "./tiny", "--json")
-    told = json.loads(out)
-    assert (status, told["information"], told["texts"][0]["tokens"]) == (0, None, 1)
-    assert told["texts"][0]["repeats"]["first"] == [None] * 3
-    status, out, _ = minimoe_command("route", "one.txt", "--model", "./tiny")
-    assert status == 0 and "– (–)" in out
-
-
-def test_files_of_the_same_name_are_told_apart_by_their_paths(minimoe_command):
-    os.mkdir("other")
-    write("other/a.txt", b"1 + 1 = 2\n")
-    _, out, _ = minimoe_command("eval", "a.txt", "other/a.txt", "b.txt", "--model", "./tiny", "--json")
-    assert [one["name"] for one in json.loads(out)["texts"]] == ["a.txt", "other/a.txt", "b"]
 
 
 # ---- info

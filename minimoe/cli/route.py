@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
+import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,20 +29,14 @@ from minimoe.cli.common import (
     table,
     windows_line,
 )
-from minimoe.config import ModelConfig
-from minimoe.reading import Reading, join
-from minimoe.routing_statistics import (
-    chance_of_repeats,
-    domain_information,
-    entropy,
-    repeats,
-    shares,
-    shuffled_information,
-    shuffled_repeats,
-)
+from minimoe.reading import Reading
 
-UNIT = 64  # tokens that keep together when domains are dealt out anew
-SHUFFLES = 100
+if TYPE_CHECKING:
+    from minimoe.ablation import Ablation
+    from minimoe.model import Model
+    from minimoe.plots.atlas.gather import Atlas
+
+FORMATS = ("png", "svg", "pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,98 +45,150 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_window(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the shuffled baselines (default 0)")
-    parser.add_argument("--figure", type=Path, metavar="PATH", help="draw the shares (.png, .pdf or .svg)")
+    parser.add_argument(
+        "--html", type=Path, metavar="PAGE", help="write the routing atlas: one page that needs no network"
+    )
+    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="write every figure of the atlas into a folder")
+    parser.add_argument("--format", choices=FORMATS, help="of --figures (default png)")
+    parser.add_argument("--figure", type=Path, metavar="PATH", help="draw the shares alone (.png, .pdf or .svg)")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write one row per text, layer and expert")
+    parser.add_argument(
+        "--tokens-csv", type=Path, metavar="PATH",
+        help="write one row per layer, token and slot: expert, weight, logit, margin",
+    )  # fmt: skip
+    parser.add_argument(
+        "--switch-off", action="store_true",
+        help="also switch every expert off in turn: L·E + 1 passes over two windows of each text",
+    )  # fmt: skip
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out `minimoe route`."""
-    if args.figure is not None:
-        check_writable(args.figure, FIGURE_TYPES)
-    if args.csv is not None:
-        check_writable(args.csv)
-    if args.seed < 0:
-        raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    _check(args)
     given = load_files(args.files) if args.files else texts.load()
     model = load_model(args)
-    if model.config.dense:
-        raise ValueError(f"{args.model}: a dense model has no router: there is nothing to route")
-    readings = read_texts(model, given, args)
-    result = statistics(readings, model.config, args.seed)
-    if args.csv is not None:
-        _write_csv(args.csv, readings, model.config)
-    if args.figure is not None:
-        from minimoe import plots
+    _check_model(model, args)
+    from minimoe.plots.atlas.gather import Watch, assemble
+    from minimoe.plots.atlas.numbers import summary
 
-        share = np.array([text["shares"] for text in result["texts"]])
-        plots.expert_shares(share, list(given), title="Share of assignments per expert").savefig(args.figure)
+    watch = Watch(model) if args.html or args.figures or args.tokens_csv else None
+    start = time.perf_counter()
+    readings = read_texts(model if watch is None else watch.model, given, args)
+    costs = _costs(model, readings, time.perf_counter() - start) if args.switch_off else None
+    result = summary(readings, model.config, args.seed)
+    if costs is not None:
+        result["switched_off"] = vars(costs)
+    name = args.model if args.model == "tiny" else Path(args.model).resolve().name
+    atlas = None if watch is None else assemble(model, name, readings, watch, seed=args.seed, costs=costs)
+    written = _write(args, readings, atlas, result)
     if args.json:
         print_json(result)
     else:
         _print(result, readings)
-    for path in (args.csv, args.figure):
-        if path is not None:
-            note(f"wrote {path}")
+        if costs is not None:
+            _print_costs(costs)
+    for path in written:
+        note(f"wrote {path}")
     return 0
 
 
-def statistics(readings: Sequence[Reading], config: ModelConfig, seed: int) -> dict[str, Any]:
-    """Everything that is counted, ready for JSON."""
-    first, any_choice = chance_of_repeats(config.num_experts, config.num_experts_per_token)
-    return {
-        "layers": config.num_layers,
-        "experts": config.num_experts,
-        "experts_per_token": config.num_experts_per_token,
-        "even_share": 1 / config.num_experts,
-        "chance_of_repeats": {"first": first, "any": any_choice},
-        "texts": [_of_one(reading, config.num_experts, seed) for reading in readings],
-        "information": _information(readings, seed),
-    }
+def _check(args: argparse.Namespace) -> None:
+    """Refuse before the work is done what could not be written after it."""
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {args.seed}")
+    if args.format and not args.figures:
+        raise ValueError(f"--format {args.format} says how to write --figures, which was not given")
+    kinds: dict[str, Sequence[str]] = {"html": (".html", ".htm"), "figure": FIGURE_TYPES, "csv": (), "tokens_csv": ()}
+    taken = {os.path.realpath(file): "a text to read" for file in args.files}
+    for name, endings in kinds.items():
+        path = getattr(args, name)
+        if path is not None:
+            check_writable(path, endings)
+            place, flag = os.path.realpath(path), "--" + name.replace("_", "-")
+            if place in taken:
+                raise ValueError(f"{flag} {path}: is {taken[place]}")
+            taken[place] = f"the file of {flag}, too"
+    if args.figures is not None:
+        _check_folder(args.figures)
 
 
-def _of_one(reading: Reading, num_experts: int, seed: int) -> dict[str, Any]:
-    """What is counted for one text."""
-    assert reading.ids is not None
-    first, any_choice = repeats(reading.ids)
-    shuffled_first, shuffled_any = (runs.mean(axis=0) for runs in shuffled_repeats(reading.ids, seed=seed))
-    return {
-        "name": reading.name,
-        "tokens": reading.tokens.size,
-        "in_windows": reading.in_windows,
-        "shares": shares(reading.ids, num_experts),
-        "first_choice_entropy": entropy(shares(reading.ids[..., :1], num_experts)),
-        "repeats": {"first": first, "any": any_choice},
-        "repeats_in_shuffled_order": {"first": shuffled_first, "any": shuffled_any},
-    }
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file, not a folder")
+    if not folder.exists() and not folder.parent.is_dir():
+        raise ValueError(f"{folder}: there is no folder {folder.parent}")
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        raise ValueError(f"{folder}: cannot be written: permission denied")
 
 
-def _information(readings: Sequence[Reading], seed: int) -> dict[str, Any] | None:
-    """What the first choice tells about the text; None where there is only one."""
-    if len(readings) < 2:
-        return None
-    ids = join(readings).ids
-    assert ids is not None
-    sizes = [reading.tokens.size for reading in readings]
-    domains = np.repeat(np.arange(len(sizes)), sizes)
-    units = np.concatenate([np.arange(n) // UNIT for n in sizes]) + domains * (max(sizes) // UNIT + 1)
-    runs = shuffled_information(ids, domains, units, shuffles=SHUFFLES, seed=seed)
-    shuffled = {"mean": runs.mean(axis=0), "max": runs.max(axis=0), "shuffles": SHUFFLES, "unit_tokens": UNIT}
-    at_most = entropy(np.array(sizes) / sum(sizes))
-    return {"bits": domain_information(ids, domains), "at_most": at_most, "shuffled": shuffled}
+def _check_model(model: Model, args: argparse.Namespace) -> None:
+    E, k = model.config.num_experts, model.config.num_experts_per_token
+    if model.config.dense:
+        raise ValueError(f"{args.model}: a dense model has no router: there is nothing to route")
+    if args.switch_off and k == E:
+        raise ValueError(f"--switch-off: every token uses all {E} experts: none can be switched off")
 
 
-def _write_csv(path: Path, readings: Sequence[Reading], config: ModelConfig) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "layer", "expert", "tokens", "first_choices", "assignments", "share"])
-        for reading in readings:
-            assert reading.ids is not None
-            share = shares(reading.ids, config.num_experts)
-            for (layer, e), value in np.ndenumerate(share):
-                chosen = reading.ids[layer] == e
-                counts = [reading.tokens.size, int(chosen[:, 0].sum()), int(chosen.sum())]
-                writer.writerow([reading.name, layer, e, *counts, f"{value:.6f}"])
+def _costs(model: Model, readings: Sequence[Reading], seconds: float) -> Ablation:
+    """Switch every expert off in turn; say before how long it takes, by the speed at which the texts were read."""
+    from tqdm import tqdm
+
+    from minimoe.plots.atlas.gather import measure_costs
+
+    passes = model.config.num_layers * model.config.num_experts + 1
+    read = sum(reading.tokens.size for reading in readings)
+    sample = sum(min(2 * reading.window, reading.tokens.size + 1) for reading in readings)
+    note(f"switching off: {passes:,} passes over {sample:,} tokens, about {seconds * passes * sample / read:,.0f} s")
+    with tqdm(total=passes, unit="pass", disable=None, leave=False, file=sys.stderr) as bar:
+        return measure_costs(model, readings, bar.update)
+
+
+def _write(
+    args: argparse.Namespace, readings: Sequence[Reading], atlas: Atlas | None, result: dict[str, Any]
+) -> list[Path]:
+    """Write all that was asked for; nothing is in place before everything is made."""
+    from minimoe import plots
+    from minimoe.plots.atlas.files import together
+    from minimoe.plots.atlas.tables import write_decisions, write_shares
+
+    with together() as outputs:
+        if args.csv is not None:
+            write_shares(outputs.text(args.csv), readings, result["experts"])
+        if args.tokens_csv is not None and atlas is not None:
+            write_decisions(outputs.text(args.tokens_csv), atlas)
+        if args.figure is not None:
+            from minimoe.plots.atlas.plates import rendered
+
+            share, names = np.array([text["shares"] for text in result["texts"]]), [one.name for one in readings]
+            page = plots.expert_shares(share, names, title="Share of assignments per expert")
+            outputs.write(args.figure, rendered(page, args.figure.suffix.lower()[1:]))
+        drawn = [] if atlas is None else _draw(args, atlas)
+        if args.figures is not None:
+            outputs.folder(args.figures)
+        for path, data in drawn:
+            outputs.write(path, data)
+    single = (args.csv, args.tokens_csv, args.figure)
+    return [*(path for path in single if path is not None), *(path for path, _ in drawn)]
+
+
+def _draw(args: argparse.Namespace, atlas: Atlas) -> list[tuple[Path, bytes | str]]:
+    """Make the page and the figures."""
+    from tqdm import tqdm
+
+    from minimoe.plots.atlas.page import PARTS, page_of
+    from minimoe.plots.atlas.plates import Plates, rendered
+
+    plates, kind, made = Plates(atlas), args.format or "png", list[tuple[Path, bytes | str]]()
+    total = (PARTS if args.html else 0) + (len(plates.by_name) + len(atlas.shown) if args.figures else 0)
+    with tqdm(total=total, unit="part", disable=None, leave=False, file=sys.stderr) as bar:
+        if args.html is not None:
+            made.append((args.html, str(page_of(plates, bar.update))))
+        if args.figures is not None:
+            for name, page in plates.drawn():
+                made.append((args.figures / f"{name}.{kind}", rendered(page, kind)))
+                bar.update(1)
+    return made
 
 
 def _print(result: dict[str, Any], readings: Sequence[Reading]) -> None:
@@ -160,12 +208,24 @@ def _print(result: dict[str, Any], readings: Sequence[Reading]) -> None:
         print(
             f"\nwhat the first choice tells about the text, in bits (at most {information['at_most']:.2f}); beside it,"
         )
-        print(f"the same with texts dealt out anew to runs of {UNIT} tokens, {SHUFFLES} times")
+        told = (shuffled["unit_tokens"], shuffled["shuffles"])
+        print("the same with texts dealt out anew to runs of {} tokens, {} times".format(*told))
         columns = zip(information["bits"], shuffled["mean"], shuffled["max"], strict=True)
         rows = [[str(i), *(number(value, 3) for value in row)] for i, row in enumerate(columns)]
         print(table(["layer", "measured", "shuffled mean", "shuffled max"], rows))
     if cut := windows_line(readings):
         print("\n" + cut)
+
+
+def _print_costs(costs: Ablation) -> None:
+    """Print the experts that are missed most."""
+    rows = []
+    for at in np.argsort(-costs.costs, axis=None, kind="stable")[:10]:
+        g, layer, e = (int(x) for x in np.unravel_index(at, costs.costs.shape))
+        rise, error, usage = (x[g, layer, e] for x in (costs.costs, costs.errors, costs.usage))
+        rows.append([costs.names[g], str(layer), str(e), number(rise, 3), number(error, 3), _percent(usage)])
+    print("\nby how much the loss rises without an expert, in nats per token: those that are missed most")
+    print(table(["text", "layer", "expert", "rise", "standard error", "serves, percent"], rows))
 
 
 def _percent(share: float) -> str:

@@ -3,11 +3,13 @@
 A text, token by token: `token_colours`, `token_html`, `token_grid`, `gate_steps`, `attention_maps`.
 A model on several domains: `expert_shares`, `domain_shares`, `repeated_assignments`, `token_type_specialisation`,
 `switched_off`, `routing_overview`.
-Routers: `router_distributions`, `expert_pairs`, `token_paths`, `routing_differences`.
+Routers: `router_distributions`, `choice_information`, `expert_pairs`, `token_paths`, `routing_differences`.
 Training and machine: `balance_over_training`, `shares_over_training`, `cache_ring`, `roofline`.
+All of routing on one HTML page: `routing_page`, as `minimoe route --html` writes it.
 """
 
 from minimoe.plots.ablation import switched_off
+from minimoe.plots.atlas import RoutingPage, routing_page
 from minimoe.plots.attention import attention_maps
 from minimoe.plots.coactivation import expert_pairs
 from minimoe.plots.differences import routing_differences
@@ -15,6 +17,7 @@ from minimoe.plots.domains import domain_shares
 from minimoe.plots.gate import gate_steps
 from minimoe.plots.grid import token_grid
 from minimoe.plots.html import TokenHtml, token_html
+from minimoe.plots.information import choice_information
 from minimoe.plots.overview import routing_overview
 from minimoe.plots.paths import token_paths
 from minimoe.plots.repeats import repeated_assignments
@@ -27,8 +30,8 @@ from minimoe.plots.tokens import token_colours
 from minimoe.plots.training import balance_over_training, shares_over_training
 
 __all__ = [
-    "TokenHtml", "attention_maps", "balance_over_training", "cache_ring", "domain_shares", "expert_pairs",
-    "expert_shares", "gate_steps", "repeated_assignments", "roofline", "router_distributions", "routing_differences",
-    "routing_overview", "shares_over_training", "switched_off", "token_colours", "token_grid", "token_html",
-    "token_paths", "token_type_specialisation",
+    "RoutingPage", "TokenHtml", "attention_maps", "balance_over_training", "cache_ring", "choice_information",
+    "domain_shares", "expert_pairs", "expert_shares", "gate_steps", "repeated_assignments", "roofline",
+    "router_distributions", "routing_differences", "routing_overview", "routing_page", "shares_over_training",
+    "switched_off", "token_colours", "token_grid", "token_html", "token_paths", "token_type_specialisation",
 ]  # fmt: skip

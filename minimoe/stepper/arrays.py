@@ -11,45 +11,57 @@ import numpy as np
 from minimoe.plots.thumbnail import thumbnail
 from minimoe.shapes import Array
 
-_PIXELS = (200, 100)  # numbers of one map, at most: columns and rows; larger arrays are averaged over tiles
-_SHOWN = (400, 120)  # room for one map on the page
+_PIXELS = (128, 64)  # numbers of one map, at most: columns and rows; larger arrays are averaged over tiles
+_SHOWN = (340, 104)  # room for one map on the page
 _CELL = 14  # of a small one
+_NARROWEST = 185  # column that holds a map, its name and its range
 _ROWS, _COLUMNS = 12, 10  # numbers shown
+_SHORT = 4  # rows that are read at a glance
+
+# The colours of all maps; see `thumbnail`.
+KEY = (
+    '<div style="font-size:90%;margin-bottom:.5em"><span style="display:inline-block;width:90px;height:10px;'
+    'border:1px solid #8884;background:linear-gradient(90deg,#08306b,#5a9bd4,#fff,#f5a742,#7f2704)"></span> '
+    '<span style="opacity:.7">in every map blue is negative, white zero, orange positive, up to the largest magnitude '
+    "in it; grey is minus infinity or not a number</span></div>"
+)
 
 
-def array_html(name: str, array: Array, letters: str, tokens: Sequence[str] | None = None) -> str:
+def array_html(
+    name: str, array: Array, letters: str, tokens: Sequence[str] | None = None, unfolded: bool = False
+) -> str:
     """Show one array: name, shape in letters and numbers, type, range, a heat map, and the first numbers folded away.
 
-    Rows of an array that has one per token (its letters begin with N) are headed by `tokens`.
+    Rows of an array that has one per token (its letters begin with N) are headed by `tokens`. Where such rows are short
+    enough to be read whole, as the choices of a gate, the numbers stand open.
     """
     x = np.asarray(array)
     x = x.astype(np.float64) if x.dtype.kind not in "iub" else x
-    flat, said = as_matrix(x)
+    flat = as_matrix(x)
+    said = f"; a row for each {letters.rpartition(' ')[0]}" if x.ndim > 2 else ""
     shape = " × ".join(map(str, x.shape)) or "a number"
     low, high = _range(flat)
     image = base64.b64encode(thumbnail(flat, _PIXELS)).decode()
     rows, columns = flat.shape
     width, height = min(columns * _CELL, _SHOWN[0]), min(rows * _CELL, _SHOWN[1])
     heads = tokens if letters.startswith("N ") and x.ndim == 2 else None
+    opened = " open" if unfolded or (heads is not None and columns <= _SHORT) else ""
     return (
-        '<div style="display:inline-block;vertical-align:top;margin:0 1.2em 0.8em 0">'
-        f'<div><code>{html.escape(name)}</code> <span style="opacity:.65">({html.escape(letters)}) {shape}, '
-        f"{np.asarray(array).dtype}</span></div>"
+        f'<div style="flex:1 1 {max(width, _NARROWEST)}px;min-width:0;max-width:{_SHOWN[0]}px;margin-bottom:.7em">'
+        f'<div style="overflow-wrap:anywhere"><code>{html.escape(name)}</code></div>'
+        f'<div style="opacity:.7;font-size:90%">({html.escape(letters)}) {shape} {np.asarray(array).dtype}'
+        f": {low} … {high}{html.escape(said)}</div>"
         f'<img alt="heat map of {html.escape(name)}" width="{width}" height="{height}" '
-        f'style="image-rendering:pixelated;border:1px solid #8884" src="data:image/png;base64,{image}">'
-        f'<div style="opacity:.65;font-size:90%">{low} … {high}{html.escape(said)}</div>'
-        '<details><summary>numbers</summary><pre style="overflow-x:auto">'
-        f"{html.escape(numbers(flat, heads))}</pre></details></div>"
+        f'style="display:block;max-width:100%;box-sizing:border-box;image-rendering:pixelated;border:1px solid #8884" '
+        f'src="data:image/png;base64,{image}">'
+        f'<details{opened}><summary>numbers</summary><pre style="overflow-x:auto;white-space:pre;font-size:12px;'
+        f'line-height:1.35;margin:.2em 0">{html.escape(numbers(flat, heads))}</pre></details></div>'
     )
 
 
-def as_matrix(x: Array) -> tuple[Array, str]:
+def as_matrix(x: Array) -> Array:
     """Lay an array out in two axes: rows stay, further leading axes are stacked below one another."""
-    if x.ndim <= 1:
-        return x.reshape(1, -1), ""
-    if x.ndim == 2:
-        return x, ""
-    return x.reshape(-1, x.shape[-1]), f"; its {x.ndim} axes laid out as rows of the last one"
+    return x.reshape(1, -1) if x.ndim <= 1 else x.reshape(-1, x.shape[-1])
 
 
 def numbers(matrix: Array, heads: Sequence[str] | None = None) -> str:

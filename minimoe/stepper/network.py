@@ -9,10 +9,11 @@ from minimoe.schedule import Step
 
 _BLOCK = (
     ("attention_norm", "norm"), ("attention.qkv", "q k v"), ("attention.q_rotated", "rotate q"),
-    ("attention.k_rotated", "rotate k"), ("attention", "attend"), ("attention.out", "w o"), ("ffn_norm", "norm"),
+    ("attention.k_rotated", "rotate k"), ("attention", "attend"), ("attention.out", "wo"), ("ffn_norm", "norm"),
     ("gating", "gate"), ("experts", "experts"),
 )  # fmt: skip
 _HERE, _PLAIN, _TEXT = "#e69f00", "none", "currentColor"
+_SCALE = 1.2  # a unit of the drawing in pixels, where the page is wide enough
 
 
 def network_svg(config: ModelConfig, step: Step) -> str:
@@ -30,8 +31,8 @@ def network_svg(config: ModelConfig, step: Step) -> str:
         rows = 2
     width = 78 * max(len(shown), len(_BLOCK))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {rows * 32 + 4}" width="{width}" '
-        f'style="max-width:100%" role="img" aria-label="step {escape(step.name)}">{"".join(boxes)}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {rows * 32 + 4}" width="{_SCALE * width:.0f}" '
+        f'style="display:block;max-width:100%" role="img" aria-label="step {escape(step.name)}">{"".join(boxes)}</svg>'
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +11,12 @@ from minimoe import schedule
 from minimoe.arrays import to_host
 from minimoe.display import text_pieces
 from minimoe.model import Model
+from minimoe.ops.rope import reference as rope
 from minimoe.params import leaves
 from minimoe.schedule import Step
-from minimoe.stepper.arrays import array_html
-from minimoe.stepper.code import DIALECTS, sources
+from minimoe.stepper import page
+from minimoe.stepper.arrays import KEY, array_html
 from minimoe.stepper.network import network_svg
-
-_MOST_STATIC = 12  # steps of a static page that are shown in full
 
 
 class Stepper(Sequence[Step]):
@@ -51,56 +49,63 @@ class Stepper(Sequence[Step]):
     def __repr__(self) -> str:
         return f"Stepper of {len(self)} steps over tokens {self.trace.tokens.shape}"
 
-    def html(self, index: int) -> str:
-        """Return one step as HTML without scripts: place, equation, cost, arrays and code."""
+    def html(self, index: int, *, numbers: bool = False, code: bool = False) -> str:
+        """Return one step as HTML without scripts: place, equation, cost, tokens, arrays and code.
+
+        Parameters
+        ----------
+        index : of the step, from 0
+        numbers, code : unfold the numbers of all arrays, and the code, which fold at a click
+        """
+        index = range(len(self))[index]
         step = self._steps[index]
-        cost = self.trace.cost(step)
         return (
-            '<div style="font-size:14px;line-height:1.45">'
-            f"{network_svg(self.trace.config, step)}"
-            f'<h3 style="margin:.4em 0">{index + 1} of {len(self)}: <code>{html.escape(step.name)}</code></h3>'
-            f'<div style="font-size:16px;margin:.3em 0 .6em"><code>{html.escape(step.equation)}</code></div>'
-            f'<div style="opacity:.65;margin-bottom:.6em">{cost.flops:,} floating-point operations, at least '
-            f"{cost.bytes:,} bytes moved</div>{self._tokens(step)}{self._arrays(step)}{_code(step)}</div>"
+            '<div style="font-size:14px;line-height:1.4">'
+            f"{network_svg(self.trace.config, step)}{page.title(index + 1, len(self), step)}"
+            f"{page.work(self.trace.cost(step))}{page.tokens(self._pieces) if self._pieces else ''}"
+            f"{page.columns(self._arrays(step, numbers))}{KEY}{page.code(step, code)}</div>"
         )
 
     def static(self, steps: Sequence[int] | None = None) -> str:
-        """Return steps as one HTML page without scripts, each folded: the first layer and the ends unless chosen."""
+        """Return steps as HTML without scripts, folded but for the first: layer 0 and the ends, unless chosen."""
         if steps is None:
-            steps = [i for i, step in enumerate(self._steps) if step.layer in (None, 0)][:_MOST_STATIC]
-        folded = [
-            f"<details{' open' if n == 0 else ''}><summary><b>{i + 1}</b> {html.escape(self._steps[i].name)}"
-            f" &nbsp; <code>{html.escape(self._steps[i].equation)}</code></summary>{self.html(i)}</details>"
-            for n, i in enumerate(steps)
-        ]
+            steps = [i for i, step in enumerate(self._steps) if step.layer in (None, 0)]
+        folded = [page.fold(i + 1, self._steps[i], self.html(i), n == 0) for n, i in enumerate(steps)]
         left = len(self) - len(steps)
         more = f"<p>{left} further steps: <code>Stepper.html(i)</code> shows any of them.</p>" if left else ""
         return "".join(folded) + more
 
     def widget(self) -> Any:
-        """Return the stepper with Back, Next and a slider; needs ipywidgets."""
+        """Return the stepper with Back, Next, a slider, and switches that unfold every step; needs ipywidgets."""
         import ipywidgets as widgets  # an extra: minimoe[notebooks]
 
-        last = len(self) - 1
-        slider = widgets.IntSlider(0, 0, last, description="step", continuous_update=False, readout_format="d")
-        back, forth = widgets.Button(description="◀ Back"), widgets.Button(description="Next ▶")
-        page = widgets.HTML()
+        last = len(self)  # steps are counted from 1, as their titles do
+        slider = widgets.IntSlider(
+            1, 1, last, description="step", continuous_update=False, layout=widgets.Layout(flex="1 1 200px")
+        )
+        back = widgets.Button(description="◀ Back")
+        forth = widgets.Button(description="Next ▶", button_style="primary")
+        numbers, code = (widgets.ToggleButton(description=name) for name in ("numbers", "code"))
+        for button in (back, forth, numbers, code):
+            button.layout.width = "100px"
+        shown = widgets.HTML()
 
         def show(change: Any = None) -> None:
-            page.value = self.html(slider.value)
-            back.disabled, forth.disabled = slider.value == 0, slider.value == last
+            shown.value = self.html(slider.value - 1, numbers=numbers.value, code=code.value)
+            back.disabled, forth.disabled = slider.value == 1, slider.value == last
 
         def move(by: int) -> Any:
             def moved(_: Any) -> None:
-                slider.value = min(max(slider.value + by, 0), last)
+                slider.value = min(max(slider.value + by, 1), last)
 
             return moved
 
-        slider.observe(show, "value")
+        for control in (slider, numbers, code):
+            control.observe(show, "value")
         back.on_click(move(-1))
         forth.on_click(move(1))
         show()
-        return widgets.VBox([widgets.HBox([back, forth, slider]), page])
+        return widgets.VBox([widgets.HBox([back, forth, slider, numbers, code]), shown])
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         """Offer both forms: a notebook page takes the widget where it can, and the static one elsewhere."""
@@ -111,27 +116,27 @@ class Stepper(Sequence[Step]):
             return bundle
         return bundle | {kind: data for kind, data in shown.items() if kind.startswith("application/")}
 
-    def _tokens(self, step: Step) -> str:
-        """The tokens of the rows, where the model has a tokenizer."""
-        if self._pieces is None or "tokens" not in step.reads:
-            return ""
-        shown = " ".join(f"<code>{html.escape(repr(piece)[1:-1]) or '∅'}</code>" for piece in self._pieces)
-        return f'<div style="margin-bottom:.6em">tokens: {shown}</div>'
-
-    def _arrays(self, step: Step) -> str:
+    def _arrays(self, step: Step, numbers: bool) -> dict[str, list[str]]:
+        """The arrays of a step by their part in it."""
         groups = {
-            "reads": [
-                (name, self.trace.arrays.get(name), schedule.letters(name)) for name in step.reads if name != "tokens"
-            ],
+            "reads": [self._traced(name) for name in step.reads if name != "tokens"],
             "weights": [(name, self._weight(name), _weight_letters(name)) for name in step.weights],
-            "writes": [(name, self.trace.arrays.get(name), schedule.letters(name)) for name in step.writes],
+            "writes": [self._traced(name) for name in step.writes] + (self._angles() if step.name == "rope" else []),
         }
-        shown = []
-        for group, members in groups.items():
-            maps = "".join(array_html(name, x, letters, self._pieces) for name, x, letters in members if x is not None)
-            if maps:
-                shown.append(f'<div style="margin-top:.3em"><b>{group}</b></div><div>{maps}</div>')
-        return "".join(shown)
+        return {
+            group: [array_html(*member, self._pieces, numbers) for member in members if member[1] is not None]
+            for group, members in groups.items()
+        }
+
+    def _traced(self, name: str) -> tuple[str, Any, str]:
+        return name, self.trace.arrays.get(name), schedule.letters(name)
+
+    def _angles(self) -> list[tuple[str, Any, str]]:
+        """What the first step makes. A trace does not hold it: it follows from the positions alone."""
+        B, T = self.trace.tokens.shape
+        config = self.trace.config
+        cos, sin = rope.table(np.tile(np.arange(T), B), config.head_dim, config.rope_theta, np.float32)
+        return [("cos", cos, "N c"), ("sin", sin, "N c")]
 
     def _weight(self, name: str) -> Any:
         weight = self._weights[name]
@@ -145,15 +150,3 @@ def _weight_letters(name: str) -> str:
         "wq": "HC D", "wk": "KC D", "wv": "KC D", "wo": "D HC", "w1": "F D", "w2": "D F", "w3": "F D",
     }[last]  # fmt: skip
     return f"E {plain}" if ".experts." in name else plain
-
-
-def _code(step: Step) -> str:
-    """The op in its dialects, side by side."""
-    columns = [
-        f'<div style="flex:1 1 0;min-width:22em;overflow:auto;max-height:26em"><b>{DIALECTS[name]}</b>'
-        f'<pre style="font-size:12px;line-height:1.35">{html.escape(text)}</pre></div>'
-        for name, text in sources(step.room, step.function).items()
-    ]
-    title = f"code of <code>{step.room}.{step.function}</code> in {len(columns)} dialects"
-    side_by_side = f'<div style="display:flex;gap:1em;flex-wrap:wrap">{"".join(columns)}</div>'
-    return f"<details><summary>{title}</summary>{side_by_side}</details>"

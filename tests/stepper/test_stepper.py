@@ -1,4 +1,5 @@
 import builtins
+import html
 import inspect
 import re
 
@@ -13,8 +14,10 @@ from minimoe.stepper import Stepper
 from minimoe.stepper.arrays import array_html, numbers
 from minimoe.stepper.code import sources
 from minimoe.stepper.network import network_svg
+from minimoe.stepper.page import tokens
 
 TEXT = "def f(x):\n    return <x>"
+SHOWN = ["<s>", "def", "f"]  # its first tokens
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def test_there_is_a_step_for_every_call_of_the_schedule(steps):
     assert [step.name for step in steps] == [step.name for step in steps.trace.steps]
     for i, step in enumerate(steps):
         page = steps.html(i)
-        assert f"{i + 1} of {len(steps)}: <code>{step.name}</code>" in page
+        assert re.search(rf"{i + 1} of {len(steps)}: <code[^>]*>{re.escape(step.name)}</code>", page)
         for name in (*step.writes, *step.weights):
             assert f"<code>{name}</code>" in page
 
@@ -49,8 +52,46 @@ def test_the_numbers_are_those_of_the_trace_headed_by_their_tokens(steps):
 
 
 def test_text_of_tokens_is_escaped(steps):
-    page = steps.html(1)
-    assert "<x>" not in page and "&lt;x" in page.replace("&lt;</code> <code>x", "&lt;x")
+    for page in (steps.html(1), steps.static()):
+        assert "<x>" not in page and ">&lt;</code>" in page and "&lt;s&gt;" in page
+
+
+def test_every_step_shows_the_tokens_and_long_texts_say_how_many_are_left_out(steps):
+    for i in range(len(steps)):
+        assert [html.unescape(t) for t in re.findall(r'title="token \d+">([^<]*)<', steps.html(i))][:3] == SHOWN
+    shown = tokens(["a "] * 100)
+    assert shown.count("<code") == 60 and "and 40 more" in shown
+
+
+def test_the_first_step_shows_the_angles_that_every_layer_rotates_by(steps):
+    page, first = steps.html(0), steps[0]
+    assert first.name == "rope" and "floating-point" not in page  # the schedule counts no work for it
+    config, N = steps.trace.config, steps.trace.tokens.size
+    angle = np.arange(N)[:, None] * config.rope_theta ** (-2 * np.arange(config.head_dim // 2) / config.head_dim)
+    for name, truth in (("cos", np.cos(angle)), ("sin", np.sin(angle))):
+        lines = re.search(rf"<code>{name}</code>.*?<pre[^>]*>(.*?)</pre>", page, re.S)[1].splitlines()
+        for line, row in zip(lines[:N], truth, strict=True):
+            assert [float(x) for x in line.rpartition("|")[2].split()] == pytest.approx(row[:10], abs=1e-3)
+
+
+def test_an_index_counts_as_in_any_sequence(steps):
+    assert steps.html(-1) == steps.html(len(steps) - 1)
+    with pytest.raises(IndexError):
+        steps.html(len(steps))
+
+
+def test_numbers_and_code_unfold_where_they_are_asked_for(steps):
+    i = next(i for i, step in enumerate(steps) if step.name == "layers.1.attention.qkv")
+    folded = steps.html(i)
+    assert "<details open" not in folded
+    assert steps.html(i, numbers=True).count("<details open><summary>numbers") == folded.count("<summary>numbers") == 7
+    assert steps.html(i, code=True).count("<details open><summary>code") == 1
+
+
+def test_rows_that_are_read_at_a_glance_stand_open(steps):
+    i = next(i for i, step in enumerate(steps) if step.name == "layers.1.gating")
+    opened = re.findall(r"<code>([^<]*)</code></div>(?:(?!<code>).)*?<details open><summary>numbers", steps.html(i))
+    assert opened == ["layers.1.gating.ids", "layers.1.gating.weights"]
 
 
 def test_the_code_is_that_of_the_op_with_what_it_calls():
@@ -83,26 +124,32 @@ def test_the_map_marks_the_present_step_alone(layers):
             assert here[0] == f"layer {step.layer}"
 
 
-def test_the_static_page_folds_steps_and_says_how_many_are_left(steps):
+def test_the_static_page_holds_the_first_layer_and_the_ends_and_says_how_many_are_left(steps):
     page = steps.static()
-    assert page.count("<details") > 12 and "<script" not in page
-    assert f"{len(steps) - 12} further steps" in page
+    shown = [steps[int(number) - 1] for number in re.findall(r"<summary[^>]*><b>(\d+)</b>", page)]
+    assert shown == [step for step in steps if step.layer in (None, 0)] and shown[-1].name == "logits"
+    assert "<script" not in page and f"{len(steps) - len(shown)} further steps" in page
     assert "further" not in steps.static(range(len(steps)))
 
 
 def test_next_and_back_move_the_slider_and_the_page(steps):
     pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: pip install 'minimoe[notebooks]'")
     box = steps.widget()
-    (back, forth, slider), page = box.children[0].children, box.children[1]
+    (back, forth, slider, numbers, code), page = box.children[0].children, box.children[1]
     assert back.disabled and not forth.disabled and f"1 of {len(steps)}" in page.value
     forth.click()
-    assert slider.value == 1 and "2 of" in page.value and "<code>tok_embeddings</code>" in page.value
+    assert slider.value == 2 and "2 of" in page.value and "<code>tok_embeddings</code>" in page.value
     back.click()
-    assert slider.value == 0 and "1 of" in page.value
-    slider.value = len(steps) - 1
+    assert slider.value == 1 and "1 of" in page.value
+    slider.value = len(steps)
     assert forth.disabled and "<code>logits</code>" in page.value
     forth.click()
-    assert slider.value == len(steps) - 1
+    assert slider.value == len(steps)
+    assert page.value == steps.html(-1)
+    numbers.value = code.value = True
+    assert page.value == steps.html(-1, numbers=True, code=True)
+    back.click()  # what is unfolded stays so from step to step
+    assert page.value == steps.html(-2, numbers=True, code=True)
 
 
 def test_without_widgets_the_static_page_is_what_is_shown(steps, monkeypatch):
