@@ -1,4 +1,4 @@
-"""The command line: `minimoe demo | generate | route | eval | info | golden | train`, or `python -m minimoe …`.
+"""The command line: `minimoe demo | generate | route | eval | info | golden | train | bench`, or `python -m minimoe …`.
 
 One file per command, imported only when it is asked for. Whatever a user can get wrong ends as one line on stderr,
 `minimoe: error: …`, and exit status 2.
@@ -21,6 +21,7 @@ COMMANDS = {
     "info": ("minimoe.cli.info", "sizes, memory and FLOPs of a model, from its headers; --verify reads all of it"),
     "golden": ("minimoe.cli.golden", "hold another implementation against golden vectors, and name its mistake"),
     "train": ("minimoe.training.command", "train a model in our own code"),
+    "bench": ("minimoe.cli.bench", "what the machine can do, and what part of it we use"),
 }
 
 

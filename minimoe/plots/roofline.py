@@ -21,6 +21,7 @@ from minimoe.shapes import Array
 
 _WIDE, _TALL, _LEFT, _TABLE, _ROW = 6.2, 4.4, 0.55, 3.9, 0.19
 _MARKS = "osD^vP"
+_TOUCH = 0.21  # inches between points whose numbers would hide each other, inside them or beside
 
 
 def attainable(intensity: Float[Array, " n"], bandwidth: float, peak: float) -> Float[Array, " n"]:
@@ -59,7 +60,7 @@ def roofline(
     x, y = np.asarray(intensity, np.float64), np.asarray(speed, np.float64)
     _check(x, y, labels, backends, bandwidth, peak)
     width = _LEFT + _WIDE + 0.4 + _TABLE
-    told = "Each point is an op. None can be above its roof: memory limits the slope, arithmetic the flat part."
+    told = "Each point is an op. Memory limits the slope, arithmetic the flat part; above the slope a cache was read."
     head = Head(title, told, width)
     tall = max(_TALL, _ROW * (len(x) + 3.2 * len(bandwidth)))
     page = Page(width + 2 * MARGIN, 2 * MARGIN + head.height + tall + 0.5)
@@ -71,8 +72,8 @@ def roofline(
     low, high = _limits(x, y, bandwidth, peak)
     for i, name in enumerate(names):
         _draw_roof(axes, bandwidth[name], peak[name], (low, high), SERIES[i % len(SERIES)], name)
-    _draw_points(axes, x, y, [names.index(backend) for backend in backends])
     axes.set_xlim(low, high)
+    _draw_points(axes, x, y, [names.index(backend) for backend in backends])
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:g}"))
@@ -83,14 +84,35 @@ def roofline(
 
 
 def _draw_points(axes: Axes, x: Array, y: Array, which: Sequence[int]) -> None:
+    """Draw the points, each numbered; where they lie upon each other, all their numbers stand beside them."""
     for n in range(len(x)):
-        i = which[n]
-        colour = SERIES[i % len(SERIES)]
-        look: Any = {
-            "markersize": 10.5, "color": colour, "markeredgecolor": "white", "markeredgewidth": 0.8, "linestyle": "",
-        }  # fmt: skip
-        axes.plot([x[n]], [y[n]], marker=_MARKS[i % len(_MARKS)], gid=f"point-{n}", zorder=3, **look)
-        axes.text(x[n], y[n], str(n + 1), fontsize=6.5, color=ink(colour), ha="center", va="center_baseline", zorder=4)
+        look: Any = {"markersize": 10.5, "markeredgecolor": "white", "markeredgewidth": 0.8, "linestyle": ""}
+        marker, colour = _MARKS[which[n] % len(_MARKS)], SERIES[which[n] % len(SERIES)]
+        axes.plot([x[n]], [y[n]], marker=marker, color=colour, gid=f"point-{n}", zorder=3, **look)
+    axes.get_ylim()  # settles the limits
+    for group in _heaps(axes.transData.transform(np.stack([x, y], axis=1)) / axes.figure.dpi):
+        numbers = ", ".join(str(n + 1) for n in group)
+        if len(group) == 1:
+            n = group[0]
+            own = ink(SERIES[which[n] % len(SERIES)])
+            axes.text(x[n], y[n], numbers, fontsize=6.5, color=own, ha="center", va="center_baseline", zorder=4)
+        else:
+            right, low = float(x[group].max()), float(y[group].min())
+            middle = float(np.sqrt(low * y[group].max()))
+            place: Any = {"textcoords": "offset points", "fontsize": 7, "color": INK, "zorder": 4}
+            if axes.transAxes.inverted().transform(axes.transData.transform((right, low)))[0] < 0.75:
+                axes.annotate(numbers, (right, middle), xytext=(7, 0), va="center_baseline", **place)
+            else:  # no room beside them
+                axes.annotate(numbers, (right, low), xytext=(6, -8), ha="right", va="top", **place)
+
+
+def _heaps(places: Float[Array, "n 2"]) -> list[list[int]]:
+    """Group the points, given in inches, that touch each other, directly or by way of others."""
+    groups: list[list[int]] = []
+    for n, place in enumerate(places):
+        near = [g for g in groups if np.hypot(*(places[g] - place).T).min() < _TOUCH]
+        groups = [g for g in groups if g not in near] + [sorted([n, *(m for g in near for m in g)])]
+    return groups
 
 
 def _check(

@@ -1,0 +1,147 @@
+"""What the machine can do: how fast it reads memory and multiplies matrices, measured by loops of its own.
+
+A backend's limits are those of the device it computes on. The numpy and the numba backend share the CPU's; a backend on
+another device joins `DEVICES`, and its device `PROBES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, Protocol
+
+import numba
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from minimoe.arrays import BFLOAT16
+from minimoe.checkpoint.memory import require_memory
+from minimoe.loops import FAST, jit
+from minimoe.products import Product, compute
+from minimoe.shapes import Array
+
+READ_BYTES = 1 << 30
+SIDE = 2048  # of the square matrices: 17 GFLOP, far more than what starting a product costs
+_PARTS = 64
+
+
+class Probe(Protocol):
+    """Measures one device; every call is one measurement."""
+
+    def bandwidth(self) -> float:
+        """Bytes per second, reading READ_BYTES once."""
+
+    def rate(self, dtype: str) -> float:
+        """Floating-point operations per second of the fastest product with weights stored in `dtype`."""
+
+
+class CpuProbe:
+    """The CPU: a parallel sum over 1 GiB; NumPy's BLAS; our products for weights stored in bfloat16."""
+
+    def __init__(self) -> None:
+        require_memory(READ_BYTES + 8 * SIDE * SIDE * 4, "the benchmark's read test and matrix products")
+        rng = np.random.default_rng(0)
+        # Whole numbers so small that every sum of a part is exact; random, as a host may merge pages that are equal.
+        self._read = rng.integers(0, 4, READ_BYTES // 4, np.uint8).astype(np.float32)
+        self._total = self._read.sum(dtype=np.float64)
+        self._sums = np.zeros(_PARTS, np.float32)
+        self._left, right = rng.standard_normal((2, SIDE, SIDE), np.float32)
+        self._right = {"float32": right, "float64": right.astype(np.float64), "bfloat16": right.astype(BFLOAT16)}
+        self._left64 = self._left.astype(np.float64)
+        self.bandwidth()  # compiles
+
+    def bandwidth(self) -> float:
+        """Read the gigabyte three times; the fastest counts, as what disturbs only ever slows down."""
+        times = [_timed(lambda: _sum_parts(self._read, self._sums)) for _ in range(3)]
+        assert self._sums.sum(dtype=np.float64) == self._total, "the read test did not read everything"
+        return READ_BYTES / min(times)
+
+    def rate(self, dtype: str) -> float:
+        """Multiply twice each way there is; the fastest time counts.
+
+        Weights in bfloat16 have two ways: widened by us, or, where a model would keep them so, as float32 by BLAS.
+        """
+        left = self._left64 if dtype == "float64" else self._left
+        out = np.empty((SIDE, SIDE), left.dtype)
+        right = self._right[dtype]
+        if dtype == "bfloat16":
+            times = [_timed(lambda: compute([Product([(left, right.T)], out)])) for _ in range(2)]
+            times += [_timed(lambda: np.matmul(left, self._right["float32"].T, out=out)) for _ in range(2)]
+        else:
+            times = [_timed(lambda: np.matmul(left, right.T, out=out)) for _ in range(3)]
+        return 2 * SIDE**3 / min(times)
+
+
+DEVICES = {"numpy": "cpu", "numba": "cpu"}  # which device a backend computes on
+PROBES: dict[str, Callable[[], Probe]] = {"cpu": CpuProbe}
+
+
+def device_of(backend: str) -> str:
+    """Return the device whose limits are a backend's.
+
+    Raises
+    ------
+    ValueError
+        If there is no probe for it.
+    """
+    if backend not in DEVICES:
+        raise ValueError(f"minimoe bench knows no limits for backend {backend!r} yet; it does for {', '.join(DEVICES)}")
+    return DEVICES[backend]
+
+
+@contextmanager
+def held_to(threads: int) -> Iterator[None]:
+    """Give our loops and BLAS so many threads.
+
+    Raises
+    ------
+    ValueError
+        If Numba was started with fewer.
+    """
+    most = numba.config.NUMBA_NUM_THREADS
+    if not 1 <= threads <= most:
+        raise ValueError(f"--threads must be between 1 and {most} (cores, or NUMBA_NUM_THREADS), not {threads}")
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    try:
+        with threadpool_limits(threads, "blas"):
+            yield
+    finally:
+        numba.set_num_threads(before)
+
+
+def most_threads() -> int:
+    """Threads that there can be: cores, or what NUMBA_NUM_THREADS says."""
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+def threading_layer() -> str | None:
+    """The library that runs our parallel loops; None before one has run."""
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return None
+
+
+def _timed(work: Any) -> float:
+    start = perf_counter()
+    work()
+    return perf_counter() - start
+
+
+@jit(parallel=True, fastmath=FAST)
+def _sum_parts(x: Array, sums: Array) -> None:
+    """Sum each of `len(sums)` equal parts of x, read as four streams: one alone was measured 7% slower."""
+    size = len(x) // len(sums)
+    quarter = size // 4
+    for i in numba.prange(len(sums)):
+        streams = x[i * size : (i + 1) * size].reshape(4, quarter)
+        a, b, c, d = streams[0], streams[1], streams[2], streams[3]
+        s0 = s1 = s2 = s3 = np.float32(0)
+        for j in range(quarter):
+            s0 += a[j]
+            s1 += b[j]
+            s2 += c[j]
+            s3 += d[j]
+        sums[i] = s0 + s1 + s2 + s3

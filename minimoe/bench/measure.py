@@ -1,0 +1,66 @@
+"""Rounds: everything that is compared takes its turn in each, so that what disturbs the machine disturbs all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter, sleep
+
+import numpy as np
+
+BURST = 0.2  # seconds that a turn lasts at least
+NOISY = 0.15  # a spread above this is said
+_SETTLE = 0.1  # seconds between turns: so long do BLAS's threads go on spinning, and take cores from the next
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One number from every round."""
+
+    values: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return float(np.median(self.values))
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles over the median."""
+        low, high = np.quantile(self.values, (0.25, 0.75))
+        return float((high - low) / self.median) if self.median else 0.0
+
+    def summary(self) -> dict[str, float]:
+        """Median and quartiles."""
+        low, high = np.quantile(self.values, (0.25, 0.75))
+        return {"median": self.median, "low": float(low), "high": float(high)}
+
+
+def turn(run: Callable[[], float]) -> float:
+    """Run for at least BURST seconds; return the shortest time of one run, the first left out if there are others.
+
+    What disturbs a run only ever makes it longer.
+    """
+    start = perf_counter()
+    times = [run()]
+    if perf_counter() - start < BURST:
+        times = []  # that was to warm up
+    while perf_counter() - start < BURST or not times:
+        times.append(run())
+    return min(times)
+
+
+def rounds(count: int, turns: Mapping[str, Callable[[], float]]) -> dict[str, Samples]:
+    """Take all turns `count` times, every other round in reverse; return the samples of each."""
+    found: dict[str, list[float]] = {name: [] for name in turns}
+    for i in range(count):
+        order = list(turns.items())
+        for name, take in order if i % 2 == 0 else order[::-1]:
+            sleep(_SETTLE)
+            found[name].append(take())
+    return {name: Samples(values) for name, values in found.items()}
+
+
+def ratio(above: Samples, below: Samples) -> Samples:
+    """Divide round by round."""
+    return Samples([a / b for a, b in zip(above.values, below.values, strict=True)])

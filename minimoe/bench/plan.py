@@ -1,0 +1,132 @@
+"""What is asked for, checked as a whole before anything is made: models, tasks, threads, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minimoe.backends import make_backend
+from minimoe.bench import limits, peers
+from minimoe.bench.models import Preset, Source, benchmark, folder_preset, kind, with_experts
+from minimoe.bench.workloads import WORKLOADS, task
+from minimoe.checkpoint.memory import require_memory
+
+TRAIN_BATCH, TRAIN_CONTEXT = 16, 256  # unless asked for otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What to measure; None is the preset's choice.
+
+    Attributes
+    ----------
+    preset, folder : one of the two says which model
+    what : tasks, and "ops" for the time of each op
+    ops : the time of each op besides whatever else
+    peers : () or ("transformers",)
+    """
+
+    preset: str | None = "tiny"
+    folder: str | None = None
+    backends: Sequence[str] = ("numba",)
+    dtypes: Sequence[str] | None = None
+    batches: Sequence[int] | None = None
+    contexts: Sequence[int] | None = None
+    experts: Sequence[int] | None = None
+    what: Sequence[str] | None = None
+    ops: bool = False
+    rounds: int = 5
+    threads: int | None = None
+    peers: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An order that has been checked: the models, and the tasks of each."""
+
+    sources: Sequence[Source]
+    tasks: Sequence[tuple[str, int, int]]  # what, batch, context; training last, as it changes a peer's weights
+    profiled: Sequence[tuple[str, int, int]]
+    mapped: bool
+    threads: int
+    cold: tuple[int, int]  # batch and context of the fresh process
+
+
+def check(order: Order) -> Plan:
+    """Check an order before anything is made.
+
+    Raises
+    ------
+    ValueError
+        If it names what there is not, or what does not fit the model; ConfigError and CheckpointError are such.
+    """
+    if order.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, not {order.rounds}")
+    for name in order.backends:
+        limits.device_of(make_backend(name).name)
+    for name in order.peers:
+        if name != "transformers":
+            raise ValueError(f"--peers knows transformers, not {name!r}")
+        peers.require()
+    preset = benchmark(order.preset or "tiny") if order.folder is None else folder_preset(order.folder)
+    plan = Plan(
+        sources=_sources(order, preset),
+        tasks=_tasks(order, preset),
+        profiled=_profiled(order, preset),
+        mapped=preset.mapped,
+        threads=limits.most_threads() if order.threads is None else order.threads,
+        cold=(max(order.batches or [1]), max(order.contexts or [preset.context])),
+    )
+    for name, B, T in [*plan.tasks, *plan.profiled]:
+        task(name, preset.config, B, T)
+    _check_memory(plan, bool(order.peers))
+    return plan
+
+
+def _sources(order: Order, preset: Preset) -> list[Source]:
+    """A model for each number of experts and each type."""
+    if order.folder is not None and order.experts:
+        raise ValueError("--experts: the experts of a folder are given; choose a --preset")
+    configs = [with_experts(preset.config, E) for E in order.experts] if order.experts else [preset.config]
+    return [Source(c, dtype, order.folder) for c in configs for dtype in order.dtypes or preset.dtypes if kind(dtype)]
+
+
+def _tasks(order: Order, preset: Preset) -> list[tuple[str, int, int]]:
+    """What, batch and context of everything that is timed."""
+    what = order.what or preset.what
+    if unknown := [name for name in what if name not in (*WORKLOADS, "ops")]:
+        raise ValueError(f"--what must be of {', '.join(WORKLOADS)} and ops, not {unknown[0]!r}")
+    found = []
+    for name in WORKLOADS:  # training is the last of them
+        batches, contexts = order.batches or [1], order.contexts or [preset.context]
+        if name == "train":
+            batches = order.batches or [TRAIN_BATCH]
+            contexts = order.contexts or [min(TRAIN_CONTEXT, preset.config.max_length)]
+        if name in what:
+            found += [(name, B, T) for B in batches for T in contexts]
+    return found
+
+
+def _profiled(order: Order, preset: Preset) -> list[tuple[str, int, int]]:
+    """What, batch and context of the passes whose ops are timed."""
+    if not order.ops and "ops" not in (order.what or preset.what):
+        return []
+    contexts = order.contexts or [preset.context]
+    return [(name, B, T) for B in order.batches or [1] for T in contexts for name in ("prefill", "decode")]
+
+
+def _check_memory(plan: Plan, peer: bool) -> None:
+    """Weights exist twice while they are made or handed to a peer; training adds gradients and two moments to a copy.
+
+    Weights that are mapped take no memory once their file is written, nor do those of a folder.
+    """
+    for source in plan.sources:
+        once = source.nbytes
+        made, kept = (0, 0) if source.folder is not None else (once, 0) if plan.mapped else (2 * once, once)
+        size = max(made, kept + (2 * once if peer else 0))
+        if any(what == "train" for what, _, _ in plan.tasks):
+            size += (2 if peer else 1) * 4 * 4 * source.config.num_parameters()
+        told = f"the weights of {source.config.num_parameters():,} parameters in {source.dtype}"
+        require_memory(
+            size, f"minimoe bench: {told}{', those of transformers,' if peer else ''} and what goes with them"
+        )
