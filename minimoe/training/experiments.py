@@ -4,9 +4,12 @@
     python -m minimoe.training.experiments sparsity --out notebooks/data
 
 `balance` trains the tiny preset without a balance loss, with the concatenated one and with the one per layer: the
-second is even on paper, summed over the layers, while single layers collapse. `sparsity` holds the work of a token
-constant, k · F of the experts' hidden width, and asks what more experts (E) and a finer choice (k) buy beside a dense
-model of the same active parameters. Curves are written as JSON, together with everything that decided them.
+second is even on paper, summed over the layers, while single layers need not be. It does so from two starts: ours
+(`params.random`) with Mixtral's coefficient 0.02, and a flat one (every matrix with standard deviation 0.02, which is
+transformers' default) with coefficient 0.01. `sparsity` holds the work of a token constant, k · F of the experts'
+hidden width, and asks what more experts (E) and a finer choice (k) buy beside a dense model of the same active
+parameters. Curves are written as JSON, together with everything that decided them; with `--variants` only these are
+trained anew, and the others stay as the file has them.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from minimoe.arrays import to_host
 from minimoe.backends import Backend, make_backend
 from minimoe.config import PRESETS, ModelConfig
 from minimoe.loops import keep_freed_memory
-from minimoe.params import Params
+from minimoe.params import Params, map_leaves
 from minimoe.routing_statistics import shares
 from minimoe.shapes import Array
 from minimoe.tokenizer import Tokenizer
@@ -38,17 +41,19 @@ TOKENIZER = Path(__file__).parent.parent / "models" / "tiny" / "tokenizer.model"
 WIDTH = 320  # k · F, the hidden width that a token meets in every model of `sparsity`
 LOGGED, MEASURED = 10, 50  # steps between two training losses, and between two looks at the held-out part
 WINDOWS = 8  # of each domain's held-out part
+FLAT, FLAT_COEFFICIENT = 0.02, 0.01  # standard deviation of the flat start, and its balance loss's coefficient
 
 
 def variants(experiment: str) -> dict[str, ModelConfig]:
-    """Return the models of an experiment by name."""
+    """Return the models of an experiment by name; those called `flat_…` start from `flat_start`."""
     tiny = PRESETS["tiny"]
     if experiment == "balance":
-        return {
-            "off": tiny.replace(balance_coefficient=0.0),
-            "concatenated": tiny.replace(balance_form="concatenated"),
-            "per_layer": tiny.replace(balance_form="per_layer"),
-        }
+        found = {}
+        for start, coefficient in (("", tiny.balance_coefficient), ("flat_", FLAT_COEFFICIENT)):
+            found[f"{start}off"] = tiny.replace(balance_coefficient=0.0)
+            for form in ("concatenated", "per_layer"):
+                found[start + form] = tiny.replace(balance_form=form, balance_coefficient=coefficient)
+        return found
     dense = tiny.replace(num_experts=1, num_experts_per_token=1, dense=True, intermediate_size=WIDTH)
     sparse = {
         f"E={E} k={k}": tiny.replace(num_experts=E, num_experts_per_token=k, intermediate_size=WIDTH // k)
@@ -57,14 +62,23 @@ def variants(experiment: str) -> dict[str, ModelConfig]:
     return {"dense": dense, **sparse}
 
 
+def flat_start(params: Params, seed: int) -> Params:
+    """Return matrices drawn with standard deviation 0.02, embeddings too, and the norms as they are."""
+    rng = np.random.default_rng(seed)
+    return map_leaves(
+        params, lambda w: w if w.ndim == 1 else (FLAT * rng.standard_normal(w.shape, np.float32)).astype(w.dtype)
+    )
+
+
 def run_variant(
     ops: Backend,
     config: ModelConfig,
     train: TrainConfig,
     streams: Mapping[str, Int[Array, " n"]],
     held_out: Mapping[str, Int[Array, "windows T"]],
+    flat: bool = False,
 ) -> dict[str, Any]:
-    """Train one model from scratch; return its curves.
+    """Train one model from our start, or from the flat one; return its curves.
 
     Returns
     -------
@@ -74,6 +88,8 @@ def run_variant(
         (measured, L, E) of assignments on the held-out part; the last two are empty for a dense model.
     """
     state = new_state(ops, config, train)
+    if flat:
+        state.params = map_leaves(flat_start(map_leaves(state.params, to_host), train.seed), ops.asarray)
     found: dict[str, Any] = {
         "parameters": config.num_parameters(), "active": config.num_active_parameters(), "steps": [], "loss": [],
         "measured": [], "held_out": {name: [] for name in held_out}, "balance": [], "shares": [],
@@ -119,8 +135,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("experiment", choices=("balance", "sparsity"))
     parser.add_argument("--steps", type=int, default=600, help="of 4,096 tokens each (default 600)")
     parser.add_argument("--out", type=Path, default=Path("notebooks/data"), help="folder of the JSON file")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="train only these anew")
     parser.add_argument("--backend", default="auto")
     args = parser.parse_args(argv)
+    chosen = variants(args.experiment)
+    if args.variants is not None:
+        if unknown := [name for name in args.variants if name not in chosen]:
+            parser.error(f"no variant {unknown[0]!r}; there are {', '.join(chosen)}")
+        chosen = {name: chosen[name] for name in args.variants}
     ops = make_backend(args.backend)
     train = TrainConfig(steps=args.steps)
     tokenizer = Tokenizer(TOKENIZER)
@@ -131,17 +153,29 @@ def main(argv: list[str] | None = None) -> None:
         name: tokens[: WINDOWS * T].astype(np.int64).reshape(WINDOWS, T) for name, tokens in encoded["held_out"].items()
     }
     keep_freed_memory()
-    curves = {}
-    for name, config in variants(args.experiment).items():
+    command = f"python -m minimoe.training.experiments {args.experiment} --steps {args.steps}"
+    path = args.out / f"{args.experiment}.json"
+    curves = {} if args.variants is None else _kept(path, command)
+    for name, config in chosen.items():
         config = config.replace(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
         print(f"{name}: {config.num_parameters():,} parameters", file=sys.stderr)
-        curves[name] = run_variant(ops, config, train, encoded["train"], held_out)
+        flat = name.startswith("flat_")
+        curves[name] = run_variant(ops, config, train, encoded["train"], held_out, flat)
     tokens = args.steps * train.batch_size * T
-    command = f"python -m minimoe.training.experiments {args.experiment} --steps {args.steps}"
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.experiment}.json"
     path.write_text(json.dumps({"command": command, "tokens": tokens, "variants": curves}) + "\n")
     print(f"wrote {path}")
+
+
+def _kept(path: Path, command: str) -> dict[str, Any]:
+    """The curves that a file has already, made by the same command."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    if found["command"] != command:
+        raise SystemExit(f"{path}: was made by another command, {found['command']!r}: train all variants")
+    kept: dict[str, Any] = found["variants"]
+    return kept
 
 
 if __name__ == "__main__":
