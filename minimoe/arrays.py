@@ -64,14 +64,14 @@ def widen(x: Array) -> Array:
     return x.astype(np.float32) if is_bfloat16(x) else x
 
 
-def operands(a: Array, b: Array) -> tuple[Array, Array]:
+def operands(a: Array, b: Any) -> tuple[Array, Any]:
     """Return `a` and `b` as the operands of a matrix product, both rounded if either is stored in bfloat16."""
     if is_bfloat16(a) or is_bfloat16(b):
         a, b = (widen(x if is_bfloat16(x) else x.astype(BFLOAT16)) for x in (a, b))
     return a, b
 
 
-def matmul(a: Array, b: Array) -> Array:
+def matmul(a: Array, b: Any) -> Array:
     """Return ``a @ b`` under the storage rule of this module.
 
     >>> a = np.array([[1.00390625]], np.float32)               # 1 + 2**-8 needs nine significant bits

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from minimoe.backends import Backend
 from minimoe.config import ModelConfig
 from minimoe.params import Params
+from minimoe.quantized import kept_dtype
 from minimoe.shapes import Array
 
 
@@ -62,7 +63,7 @@ def new_cache(ops: Backend, config: ModelConfig, params: Params, batch: int, max
     check_count("max_length", max_length, 1)
     shape = _shape(config, batch, max_length)
     caches = [
-        LayerCache(ops.xp.zeros(shape, p.attention.wk.dtype), ops.xp.zeros(shape, p.attention.wv.dtype))
+        LayerCache(*(ops.xp.zeros(shape, kept_dtype(w)) for w in (p.attention.wk, p.attention.wv)))
         for p in params.layers
     ]
     return KVCache(caches, ops.xp.full(shape[:2], -1, ops.xp.int64), np.zeros(batch, np.int64), int(max_length))
@@ -74,7 +75,7 @@ def check_cache(cache: KVCache, config: ModelConfig, params: Params) -> None:
         raise CacheError("a call with this cache was interrupted after it had overwritten keys: make a new one")
     shape = _shape(config, len(cache.lengths), cache.max_length)
     for held, p in zip_longest(cache.layers, params.layers):
-        if held is None or p is None or held.k.shape != shape or held.k.dtype != p.attention.wk.dtype:
+        if held is None or p is None or held.k.shape != shape or held.k.dtype != kept_dtype(p.attention.wk):
             raise CacheError("this cache was made for another model: use model.new_cache")
 
 

@@ -20,6 +20,7 @@ from minimoe.cache import LayerCache
 from minimoe.config import ModelConfig
 from minimoe.ops import experts
 from minimoe.params import AttentionParams, FeedForwardParams, LayerParams
+from minimoe.quantized import kept_dtype
 from minimoe.shapes import Array
 
 
@@ -127,8 +128,8 @@ def forward(
     q = ops.rope.forward(q.reshape(N, config.num_heads, C), batch.cos, batch.sin)
     k = ops.rope.forward(k.reshape(N, config.num_kv_heads, C), batch.cos, batch.sin)
     q = q.reshape(B, T, config.num_heads, C)
-    k = k.reshape(B, T, config.num_kv_heads, C).astype(a.wk.dtype, copy=False)  # keys and values are stored
-    v = v.reshape(B, T, config.num_kv_heads, C).astype(a.wv.dtype, copy=False)
+    k = k.reshape(B, T, config.num_kv_heads, C).astype(kept_dtype(a.wk), copy=False)  # keys and values are stored
+    v = v.reshape(B, T, config.num_kv_heads, C).astype(kept_dtype(a.wv), copy=False)
     context, lse = _attend(ops, config, q, k, v, batch, cache)
     attended = ops.linear.forward(context.reshape(N, -1), [a.wo])[0]  # (N, H C) -> (N, D)
 

@@ -14,14 +14,16 @@ from minimoe.arrays import BFLOAT16, to_host
 from minimoe.backends import Backend, make_backend
 from minimoe.config import ConfigError, ModelConfig
 from minimoe.mixtral import KVCache
-from minimoe.params import Params, map_leaves, named, stack_experts
+from minimoe.params import Params, map_leaves, named, quantized, stack_experts
 from minimoe.params import random as random_params
 from minimoe.shapes import Array, Routing
 from minimoe.tokenizer import Tokenizer
 from minimoe.trace import Trace, record
 
 BUNDLED = Path(__file__).parent / "models"
-_DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64), "bfloat16": BFLOAT16}
+_DTYPES: dict[str, Any] = {
+    "float32": np.dtype(np.float32), "float64": np.dtype(np.float64), "bfloat16": BFLOAT16, "int8": "int8",
+}  # fmt: skip
 
 
 class Model:
@@ -47,7 +49,7 @@ class Model:
         experts = "dense" if c.dense else f"{c.num_experts} experts, top {c.num_experts_per_token}"
         return (
             f"Model({c.num_parameters():,} parameters, {c.num_active_parameters():,} active, {c.num_layers} layers, "
-            f"{experts}, {self.params.dtype}, backend {self.ops.name})"
+            f"{experts}, {self.params.storage}, backend {self.ops.name})"
         )
 
     def to(self, backend: str | Backend) -> Model:
@@ -178,6 +180,7 @@ class Model:
         mask : (B, T) bool; a token is a target where it and its predecessor are unmasked
         jitter_seed : draws router jitter where the config has it; None trains without
         """
+        self._refuse_int8("trained")
         tokens, mask, _, _ = _batched(tokens, mask, None)
         inputs = mixtral.check_inputs(tokens, self.config.vocab_size, mask)
         rng = None if jitter_seed is None else np.random.default_rng(jitter_seed)
@@ -186,12 +189,17 @@ class Model:
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder, atomically: what was there before stays whole until the new one is."""
+        self._refuse_int8("saved")
         checkpoint.save(
             folder,
             self.config,
             map_leaves(self.params, to_host),
             tokenizer_file=None if self.tokenizer is None else self.tokenizer.path,
         )
+
+    def _refuse_int8(self, what: str) -> None:
+        if self.params.storage == "int8":
+            raise ConfigError(f"weights in int8 cannot be {what}: load them in float32 or bfloat16")
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -206,8 +214,9 @@ def load(path: str | Path = "tiny", *, backend: str = "auto", dtype: Any = None)
     ----------
     path : "tiny", the bundled trained model, or a checkpoint folder in Hugging Face layout
     backend : {"numpy", "numba", "cuda", "auto"}
-    dtype : {None, "float32", "float64", "bfloat16"}
-        None keeps weights as they are stored (float16 becomes float32).
+    dtype : {None, "float32", "float64", "bfloat16", "int8"}
+        None keeps weights as they are stored (float16 becomes float32). "int8" stores the matrices of linear maps and
+        experts with one scale per row (see `minimoe.quantized`), and leaves the others as they are stored.
 
     Raises
     ------
@@ -220,7 +229,9 @@ def load(path: str | Path = "tiny", *, backend: str = "auto", dtype: Any = None)
     """
     ops = make_backend(backend)
     folder = BUNDLED / path if isinstance(path, str) and path == "tiny" else Path(path)
-    config, params = checkpoint.load_params(folder, dtype=None if dtype is None else as_dtype(dtype))
+    kind = None if dtype is None else as_dtype(dtype)
+    config, params = checkpoint.load_params(folder, dtype=None if kind == "int8" else kind)
+    params = quantized(params) if kind == "int8" else params
     file = folder / "tokenizer.model"
     tokenizer = Tokenizer(file) if file.exists() else None
     return Model(config, params, ops, tokenizer).to(ops) if ops.xp is not np else Model(config, params, ops, tokenizer)
@@ -243,7 +254,7 @@ def random(config: ModelConfig, seed: int = 0, *, backend: str = "auto", dtype: 
 
 
 def as_dtype(dtype: Any) -> Any:
-    """Return the storage type called `dtype`: float32, float64 or bfloat16."""
+    """Return the storage type called `dtype`: float32, float64, bfloat16, or the word "int8"."""
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     if name not in _DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(_DTYPES)}, not {name!r}")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from minimoe.config import ModelConfig
+from minimoe.quantized import Int8, quantize
 from minimoe.shapes import Array
 
 
@@ -66,6 +67,11 @@ class Params:
     def dtype(self) -> Any:
         """The storage type, that of the embedding table."""
         return self.tok_embeddings.dtype
+
+    @property
+    def storage(self) -> str:
+        """The name of the type that most weights are stored in: "int8", or that of `dtype`."""
+        return "int8" if isinstance(self.layers[0].attention.wq, Int8) else str(self.dtype)
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -151,22 +157,40 @@ def from_named(config: ModelConfig, arrays: Mapping[str, Array]) -> Params:
 
 
 def map_leaves(params: Params, change: Callable[[Array], Array]) -> Params:
-    """Return the tree with `change` applied to every array; a list of experts stays a list."""
+    """Return the tree with `change` applied to every array; a list of experts stays a list, int8 stays int8."""
 
-    def experts(weights: Sequence[Array]) -> Sequence[Array]:
-        return [change(w) for w in weights] if isinstance(weights, list) else change(weights)
+    def held(w: Any) -> Any:
+        return w.map(change) if isinstance(w, Int8) else change(w)
+
+    return _rebuilt(params, held, held)
+
+
+def quantized(params: Params) -> Params:
+    """Return the tree with the matrices of linear maps and experts in int8, one after the other.
+
+    The embedding table (which is also the head, where they are tied), norms and router gates stay as they are.
+    """
+
+    return _rebuilt(params, quantize, lambda w: w)
+
+
+def _rebuilt(params: Params, matrix: Callable[[Any], Any], other: Callable[[Any], Any]) -> Params:
+    """Return the tree with `matrix` applied to what linear maps and experts multiply by, `other` to all else."""
+
+    def experts(weights: Any) -> Any:
+        return [matrix(w) for w in weights] if isinstance(weights, list) else matrix(weights)
 
     def layer(old: LayerParams) -> LayerParams:
         a, f = old.attention, old.feed_forward
         return LayerParams(
-            change(old.attention_norm),
-            AttentionParams(change(a.wq), change(a.wk), change(a.wv), change(a.wo)),
-            change(old.ffn_norm),
-            FeedForwardParams(None if f.gate is None else change(f.gate), experts(f.w1), experts(f.w2), experts(f.w3)),
+            other(old.attention_norm),
+            AttentionParams(matrix(a.wq), matrix(a.wk), matrix(a.wv), matrix(a.wo)),
+            other(old.ffn_norm),
+            FeedForwardParams(None if f.gate is None else other(f.gate), experts(f.w1), experts(f.w2), experts(f.w3)),
         )
 
-    output = None if params.output is None else change(params.output)
-    return Params(change(params.tok_embeddings), [layer(old) for old in params.layers], change(params.norm), output)
+    output = None if params.output is None else matrix(params.output)
+    return Params(other(params.tok_embeddings), [layer(old) for old in params.layers], other(params.norm), output)
 
 
 def stack_experts(params: Params) -> Params:
@@ -174,10 +198,16 @@ def stack_experts(params: Params) -> Params:
 
     def stacked(layer: LayerParams) -> LayerParams:
         ffn = layer.feed_forward
-        experts: list[Any] = [np.stack(w) if isinstance(w, list) else w for w in (ffn.w1, ffn.w2, ffn.w3)]
+        experts: list[Any] = [_stack(w) if isinstance(w, list) else w for w in (ffn.w1, ffn.w2, ffn.w3)]
         return dataclasses.replace(layer, feed_forward=FeedForwardParams(ffn.gate, *experts))
 
     return dataclasses.replace(params, layers=[stacked(layer) for layer in params.layers])
+
+
+def _stack(weights: Sequence[Any]) -> Any:
+    if isinstance(weights[0], Int8):
+        return Int8(np.stack([w.values for w in weights]), np.stack([w.scale for w in weights]), weights[0].source)
+    return np.stack(weights)
 
 
 def random(config: ModelConfig, seed: int, dtype: Any = np.float32) -> Params:
@@ -185,18 +215,21 @@ def random(config: ModelConfig, seed: int, dtype: Any = np.float32) -> Params:
 
     Embeddings have unit variance, matrices 1 / fan-in (tied embeddings too: they make the logits). Those that write to
     the residual stream (wo, w2) are divided by sqrt(2 L), so that its variance stays of order one whatever the depth.
-    Norms start at one.
+    Norms start at one. With `dtype` "int8" it is `quantized` of the float32 tree, one tensor at a time.
     """
+    kind, narrow = (np.dtype(np.float32), True) if dtype == "int8" else (dtype, False)
 
-    def draw(name: str, shape: tuple[int, ...]) -> Array:
+    def draw(name: str, shape: tuple[int, ...]) -> Any:
         if len(shape) == 1:
-            return np.ones(shape, dtype)
+            return np.ones(shape, kind)
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         scale = 1.0 if name == "tok_embeddings" and not config.tie_embeddings else shape[1] ** -0.5
         if name.endswith((".wo", ".w2")):
             scale *= (2 * config.num_layers) ** -0.5
         values = rng.standard_normal(shape, np.float32)
         values *= np.float32(scale)
-        return values.astype(dtype, copy=False)
+        if narrow and name != "tok_embeddings" and not name.endswith(".gate"):
+            return quantize(values)
+        return values.astype(kind, copy=False)
 
     return from_named(config, {name: draw(name, shape) for name, shape in shapes(config).items()})

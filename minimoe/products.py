@@ -29,6 +29,7 @@ from threadpoolctl import ThreadpoolController
 
 from minimoe.arrays import is_bfloat16
 from minimoe.loops import jit, rounded, storage, widen
+from minimoe.quantized import Int8
 from minimoe.shapes import Array
 
 GRAIN = 1 << 23  # multiplications worth a block, or a thread, of their own: about 0.1 ms
@@ -44,15 +45,15 @@ class Product(NamedTuple):
     Attributes
     ----------
     pairs : the factors (left, right), added up in this order; each of shapes (M, K) and (K, N), K may differ. A `right`
-        that is stored in bfloat16 is widened, a `left` must have been (see `operand`)
+        that is stored in bfloat16 or int8 is widened, a `left` must have been (see `operand`)
     out : (M, N) array to fill, of any strides
     """
 
-    pairs: Sequence[tuple[Array, Array]]
+    pairs: Sequence[tuple[Array, Array | Int8]]
     out: Array
 
 
-def operand(x: Array, *others: Array) -> Array:
+def operand(x: Array, *others: Array | Int8) -> Array:
     """Return the matrix `x` as the left factor of products with `others`: rounded if any is stored in bfloat16."""
     if not any(is_bfloat16(w) for w in others):
         return np.ascontiguousarray(x)
@@ -121,7 +122,7 @@ def cut(product: Product) -> list[tuple[Product, slice, slice]]:
     step = -(-longer // pieces)
     height, width = (step, N) if M >= N else (M, step)
     for _, right in product.pairs:
-        if is_bfloat16(right):
+        if is_bfloat16(right) or isinstance(right, Int8):
             width = min(width, max(1, BLOCK_OF_WEIGHTS // max(1, len(right))))
     if not product.out.size:
         return []
@@ -143,19 +144,27 @@ def _fill(product: Product, rows: slice, columns: slice) -> None:
     """Compute one block, on this thread."""
     out = product.out[rows, columns]
     (left, right), *rest = product.pairs
-    np.matmul(left[rows], _widened(right[:, columns]), out=out)
+    np.matmul(left[rows], _widened(right[:, columns], left.dtype), out=out)
     for left, right in rest:
-        np.add(out, left[rows] @ _widened(right[:, columns]), out=out)
+        np.add(out, left[rows] @ _widened(right[:, columns], left.dtype), out=out)
 
 
-def _widened(right: Array) -> Array:
-    """Return the matrix in a type that BLAS takes; ml_dtypes would widen slowly."""
+def _widened(right: Array | Int8, dtype: Any) -> Array:
+    """Return the matrix in a type that BLAS takes, int8 in `dtype`; ml_dtypes would widen slowly."""
+    if isinstance(right, Int8):
+        return _scaled(right.T, dtype).T if right.turned else _scaled(right, dtype)
     if not is_bfloat16(right):
         return right
     if not right.flags.c_contiguous and right.T.flags.c_contiguous:  # wᵀ, as in every forward
-        return _widened(right.T).T
+        return _widened(right.T, dtype).T
     out = np.empty(right.shape, np.float32)
     _widen_all(storage(np.ascontiguousarray(right)), out)
+    return out
+
+
+def _scaled(right: Int8, dtype: Any) -> Array:
+    out = np.empty(right.shape, dtype)
+    _scale_all(np.ascontiguousarray(right.values), np.ascontiguousarray(right.scale), out)
     return out
 
 
@@ -233,6 +242,14 @@ def _widen_all(x, out):  # on one thread: it runs in those of the pool
         source, target = x[row], out[row]
         for i in range(x.shape[1]):
             target[i] = widen(source[i])
+
+
+@jit()
+def _scale_all(values, scale, out):
+    for row in range(values.shape[0]):
+        source, target, factor = values[row], out[row], scale[row]
+        for i in range(values.shape[1]):
+            target[i] = out.dtype.type(source[i]) * factor
 
 
 @jit(parallel=True)

@@ -185,7 +185,16 @@ class Cost:
 
 
 def cost(
-    config: ModelConfig, step: Step, B: int, T: int, *, visible: int, experts: int, stored: int = 4, computed: int = 4
+    config: ModelConfig,
+    step: Step,
+    B: int,
+    T: int,
+    *,
+    visible: int,
+    experts: int,
+    stored: int = 4,
+    computed: int = 4,
+    int8: bool = False,
 ) -> Cost:
     """Count the work of one call.
 
@@ -198,7 +207,12 @@ def cost(
     visible : pairs of a query and a key it sees, over all sequences (B · T · (T + 1) / 2 if causal and unpadded)
     experts : experts that were chosen at all, in this layer
     stored, computed : bytes of a weight and of a computed number
+    int8 : whether the matrices of linear maps and experts are stored in int8, with a float32 for each row
     """
+
+    def matrix(rows: int, columns: int) -> int:
+        return rows * (columns + 4) if int8 else rows * columns * stored
+
     z = sizes(config, B, T)
     N, D, H, C, F, k = z["N"], z["D"], z["H"], z["C"], z["F"], z["k"]
     inner = {"attention.scores", "attention.probs", "experts.hidden", "experts.slots"}  # never leave the op
@@ -213,7 +227,8 @@ def cost(
         wide, tall = {"qkv": (D, heads + 2 * keys), "out": (heads, D), "logits": (D, z["V"])}[
             step.name.rpartition(".")[2]
         ]
-        return Cost(2 * N * wide * tall, moved + wide * tall * stored)
+        tied = step.name == "logits" and config.tie_embeddings
+        return Cost(2 * N * wide * tall, moved + (wide * tall * stored if tied else matrix(tall, wide)))
     if step.room == "rope":
         heads = z["HC"] if step.name.endswith("q_rotated") else z["KC"]
         return Cost(0, 0) if step.function == "table" else Cost(3 * N * heads, moved + N * C * computed)
@@ -221,7 +236,7 @@ def cost(
         return Cost(visible * H * (4 * C + 4), moved)
     if step.room == "gating":
         return Cost(N * (2 * D * z["E"] + 3 * k), moved + z["E"] * D * stored)
-    return Cost(N * k * (6 * D * F + 5 * F + 2 * D), moved + experts * 3 * D * F * stored)
+    return Cost(N * k * (6 * D * F + 5 * F + 2 * D), moved + experts * (2 * matrix(F, D) + matrix(D, F)))
 
 
 def _bytes(config: ModelConfig, name: str, B: int, T: int, computed: int) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from minimoe import mixtral, schedule
-from minimoe.arrays import is_bfloat16, to_host
+from minimoe.arrays import to_host
 from minimoe.backends import ROOMS, Backend
 from minimoe.checkpoint import load_tensors, save_tensors
 from minimoe.checkpoint.memory import free_memory
@@ -102,10 +102,11 @@ class Trace(Mapping[str, Array]):
         used = 1
         if self.routing is not None and step.layer is not None:
             used = len(np.unique(self.routing.ids[step.layer][self.routing.ids[step.layer] >= 0]))
-        stored = {"bfloat16": 2, "float32": 4, "float64": 8}[self.stored]
+        stored = {"bfloat16": 2, "float32": 4, "float64": 8, "int8": 4}[self.stored]
         return schedule.cost(
-            self.config, step, B, T, visible=visible, experts=used, stored=stored, computed=max(stored, 4)
-        )
+            self.config, step, B, T, visible=visible, experts=used, stored=stored, computed=max(stored, 4),
+            int8=self.stored == "int8",
+        )  # fmt: skip
 
     def summary(self) -> str:
         """Return a table of all steps: what each computes, the shapes it writes, its operations and bytes."""
@@ -235,8 +236,7 @@ def record(
     routing = mixtral.collect_routing(ops, routed)
     if routing is not None:
         routing = Routing(to_host(routing.ids), to_host(routing.weights), to_host(routing.logits))
-    stored = "bfloat16" if is_bfloat16(params.tok_embeddings) else str(params.dtype)
-    return Trace(config, inputs.tokens, inputs.mask, routing, arrays, stored)
+    return Trace(config, inputs.tokens, inputs.mask, routing, arrays, params.storage)
 
 
 def _made(ops: Backend, call: Call) -> Sequence[Array]:

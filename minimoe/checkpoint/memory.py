@@ -14,7 +14,7 @@ from minimoe.config import ModelConfig
 
 def check_memory(config: ModelConfig, dtype: Any) -> None:
     """Raise NotEnoughMemoryError if the weights of a model in `dtype` exceed the memory that is free."""
-    count, kind = config.num_parameters(), np.dtype(dtype)
+    count, kind = config.num_parameters(), np.dtype(dtype)  # "int8" too; its scales are less than one in a hundred
     require_memory(count * kind.itemsize, f"{count:,} parameters in {kind}")
 
 

@@ -34,6 +34,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="tiny", metavar="FOLDER", help="a Hugging Face folder; without it, the bundled model"
     )
+    parser.add_argument(
+        "--dtype", metavar="NAME",
+        help="store weights as float32, float64, bfloat16, or int8 (linear maps and experts); default: as in the file",
+    )  # fmt: skip
     add_backend(parser)
 
 
@@ -50,7 +54,7 @@ def add_window(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> Model:
     """Load the model of --model on --backend, and say so if its loops must be compiled first."""
-    model = load(args.model, backend=args.backend)
+    model = load(args.model, backend=args.backend, dtype=getattr(args, "dtype", None))
     if args.threads is not None:
         threads.use(args.threads, "--threads")
     if model.ops.name == "numba":

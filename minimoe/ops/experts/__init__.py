@@ -19,6 +19,7 @@ from typing import Protocol
 
 from jaxtyping import Float, Int
 
+from minimoe.quantized import Int8
 from minimoe.shapes import Array
 
 
@@ -51,9 +52,9 @@ class Experts(Protocol):
     def forward(
         self,
         x: Float[Array, "N D"],
-        w1: Sequence[Float[Array, "F D"]],
-        w2: Sequence[Float[Array, "D F"]],
-        w3: Sequence[Float[Array, "F D"]],
+        w1: Sequence[Float[Array, "F D"] | Int[Int8, "F D"]],
+        w2: Sequence[Float[Array, "D F"] | Int[Int8, "D F"]],
+        w3: Sequence[Float[Array, "F D"] | Int[Int8, "F D"]],
         ids: Int[Array, "N k"],
         weights: Float[Array, "N k"],
         keep: bool = False,
@@ -63,7 +64,7 @@ class Experts(Protocol):
         Parameters
         ----------
         x : (N, D); it and the hidden states are rounded to bfloat16 where the weights are stored in it
-        w1, w2, w3 : E arrays each
+        w1, w2, w3 : E arrays each; for inference also in int8 (see `minimoe.quantized`)
         ids : (N, k); -1 = not routed
         weights : (N, k); 0 where not routed
         keep : whether a backward will follow

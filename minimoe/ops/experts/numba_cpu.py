@@ -17,20 +17,22 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, addresses, dot_rows, jit, pointer, rounded, sigmoid, storage
+from minimoe.loops import FAST, address, dots, jit, pointer, rounded, sigmoid, storage
 from minimoe.ops.experts import Saved
 from minimoe.products import Product, compute, operand
+from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 
 FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
+ROWS = 32  # of a block, the work that is dealt to threads
 
 
 def forward(
     x: Float[Array, "N D"],
-    w1: Sequence[Float[Array, "F D"]],
-    w2: Sequence[Float[Array, "D F"]],
-    w3: Sequence[Float[Array, "F D"]],
+    w1: Sequence[Float[Array, "F D"] | Int[Int8, "F D"]],
+    w2: Sequence[Float[Array, "D F"] | Int[Int8, "D F"]],
+    w3: Sequence[Float[Array, "F D"] | Int[Int8, "F D"]],
     ids: Int[Array, "N k"],
     weights: Float[Array, "N k"],
     keep: bool = False,
@@ -116,8 +118,8 @@ def _segments(offsets: Int[Array, " E+1"]) -> list[tuple[int, slice]]:
 def _alike(x: Float[Array, "N D"], views: list[Array]) -> bool:
     """Whether the fused loops can read these weights: of one type that suits `x`, and contiguous."""
     dtype = views[0].dtype if views else x.dtype
-    suits = dtype == x.dtype or (is_bfloat16(views[0]) and x.dtype == np.float32)
-    return suits and all(w.dtype == dtype and w.flags.c_contiguous for w in views)
+    suits = dtype == x.dtype or dtype == np.int8 or (is_bfloat16(views[0]) and x.dtype == np.float32)
+    return suits and all(w.dtype == dtype and (isinstance(w, Int8) or w.flags.c_contiguous) for w in views)
 
 
 def _few(
@@ -132,63 +134,67 @@ def _few(
     gate_in, up, hidden = (np.empty((M, F), x.dtype) for _ in range(3))
     ys = np.empty((M, D), x.dtype)
     if views:
-        table, dtype = addresses(views).reshape(3, -1), storage(views[0]).dtype
+        held = [parts(w) for w in views]  # addresses keep nothing alive
+        table = np.array([[address(w) for w, _ in held], [address(scale) for _, scale in held]], np.int64)
+        dtype = storage(held[0][0]).dtype
+        table = table.reshape(2, 3, -1)
         _experts_few(x, table, dtype, is_bfloat16(views[0]), pairs, offsets, k, gate_in, up, hidden, ys)
     return gate_in, up, ys
 
 
 @jit(parallel=True)
 def _experts_few(x, table, dtype, bf16, pairs, offsets, k, gate_in, up, hidden, ys):
-    """`table` (3, chosen): where w1, w2 and w3 of each chosen expert lie. A work item is a block of four rows."""
+    """A work item is a block of ROWS rows.
+
+    `table` (2, 3, chosen): where w1, w2 and w3 of each chosen expert lie, and the scales of their rows (0 = none).
+    """
     (M, F), D = gate_in.shape, x.shape[1]
-    segments = np.empty((table.shape[1], 2), np.int64)  # the rows of each chosen expert
+    segments = np.empty((table.shape[2], 2), np.int64)  # the rows of each chosen expert
     chosen = 0
     for e in range(len(offsets) - 1):
         if offsets[e + 1] > offsets[e]:
             segments[chosen, 0], segments[chosen, 1] = offsets[e], offsets[e + 1]
             chosen += 1
-    ups, downs = (F + 3) // 4, (D + 3) // 4
+    ups, downs = (F + ROWS - 1) // ROWS, (D + ROWS - 1) // ROWS
     if 3 * M * F * D < FEW_PRODUCTS:
         for i in range(chosen * ups):
-            _hidden_rows(x, table, dtype, bf16, pairs, segments, k, i // ups, 4 * (i % ups), gate_in, up, hidden)
+            start = ROWS * (i % ups)
+            _hidden_rows(x, table, dtype, bf16, pairs, segments, k, i // ups, start, gate_in, up, hidden)
         for i in range(chosen * downs):
-            _output_rows(table, dtype, segments, i // downs, 4 * (i % downs), hidden, ys)
+            _output_rows(table, dtype, segments, i // downs, ROWS * (i % downs), hidden, ys)
     else:
         for item in numba.prange(chosen * ups):
             block = np.int64(item)  # prange counts unsigned
-            _hidden_rows(
-                x, table, dtype, bf16, pairs, segments, k, block // ups, 4 * (block % ups), gate_in, up, hidden
-            )
+            start = ROWS * (block % ups)
+            _hidden_rows(x, table, dtype, bf16, pairs, segments, k, block // ups, start, gate_in, up, hidden)
         for item in numba.prange(chosen * downs):
             block = np.int64(item)
-            _output_rows(table, dtype, segments, block // downs, 4 * (block % downs), hidden, ys)
+            _output_rows(table, dtype, segments, block // downs, ROWS * (block % downs), hidden, ys)
 
 
 @jit()
-def _hidden_rows(x, table, dtype, bf16, pairs, segments, k, i, f, gate_in, up, hidden):
-    """Rows f to f + 3 of w1 and w3 of chosen expert i, for all its tokens."""
+def _hidden_rows(x, table, dtype, bf16, pairs, segments, k, i, start, gate_in, up, hidden):
+    """ROWS rows from `start` of w1, then of w3, of chosen expert i, for all its tokens."""
     F, D = gate_in.shape[1], x.shape[1]
-    w1 = numba.carray(pointer(table[0, i]), (F, D), dtype)
-    w3 = numba.carray(pointer(table[2, i]), (F, D), dtype)
+    w1 = numba.carray(pointer(np.uintp(table[0, 0, i])), (F, D), dtype)
+    w3 = numba.carray(pointer(np.uintp(table[0, 2, i])), (F, D), dtype)
+    stop = min(start + ROWS, F)
     for row in range(segments[i, 0], segments[i, 1]):
-        xe = x[pairs[row] // k]
-        gates, ups = dot_rows(xe, w1, f), dot_rows(xe, w3, f)
-        for j in range(4):
-            at = min(f + j, F - 1)
-            gate_in[row, at], up[row, at] = gates[j], ups[j]
-            value = gates[j] * sigmoid(gates[j]) * ups[j]
-            hidden[row, at] = rounded(value) if bf16 else value
+        xe, g, u, h = x[pairs[row] // k], gate_in[row], up[row], hidden[row]
+        dots(xe, w1, table[1, 0, i], start, stop, g)
+        dots(xe, w3, table[1, 2, i], start, stop, u)
+        for f in range(start, stop):
+            value = g[f] * sigmoid(g[f]) * u[f]
+            h[f] = rounded(value) if bf16 else value
 
 
 @jit()
-def _output_rows(table, dtype, segments, i, d, hidden, ys):
-    """Rows d to d + 3 of w2 of chosen expert i, for all its tokens."""
+def _output_rows(table, dtype, segments, i, start, hidden, ys):
+    """ROWS rows from `start` of w2 of chosen expert i, for all its tokens."""
     F, D = hidden.shape[1], ys.shape[1]
-    w2 = numba.carray(pointer(table[1, i]), (D, F), dtype)
+    w2 = numba.carray(pointer(np.uintp(table[0, 1, i])), (D, F), dtype)
     for row in range(segments[i, 0], segments[i, 1]):
-        four = dot_rows(hidden[row], w2, d)
-        for j in range(4):
-            ys[row, min(d + j, D - 1)] = four[j]
+        dots(hidden[row], w2, table[1, 1, i], start, min(start + ROWS, D), ys[row])
 
 
 @jit()

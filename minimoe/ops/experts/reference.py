@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from minimoe.arrays import matmul, to_host, widen, xp_of
 from minimoe.ops.experts import Saved
+from minimoe.quantized import Int8
 from minimoe.shapes import Array
 
 
@@ -36,9 +37,9 @@ def dispatch(ids: Int[Array, "N k"], num_experts: int) -> tuple[Int[Array, " M"]
 
 def forward(
     x: Float[Array, "N D"],
-    w1: Sequence[Float[Array, "F D"]],
-    w2: Sequence[Float[Array, "D F"]],
-    w3: Sequence[Float[Array, "F D"]],
+    w1: Sequence[Float[Array, "F D"] | Int[Int8, "F D"]],
+    w2: Sequence[Float[Array, "D F"] | Int[Int8, "D F"]],
+    w3: Sequence[Float[Array, "F D"] | Int[Int8, "F D"]],
     ids: Int[Array, "N k"],
     weights: Float[Array, "N k"],
     keep: bool = False,
@@ -97,9 +98,9 @@ def backward(
 
 def explain(
     x: Float[Array, "N D"],
-    w1: Sequence[Float[Array, "F D"]],
-    w2: Sequence[Float[Array, "D F"]],
-    w3: Sequence[Float[Array, "F D"]],
+    w1: Sequence[Float[Array, "F D"] | Int[Int8, "F D"]],
+    w2: Sequence[Float[Array, "D F"] | Int[Int8, "D F"]],
+    w3: Sequence[Float[Array, "F D"] | Int[Int8, "F D"]],
     ids: Int[Array, "N k"],
     weights: Float[Array, "N k"],
 ) -> dict[str, Array]:

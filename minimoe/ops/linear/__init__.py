@@ -8,21 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from minimoe.quantized import Int8
 from minimoe.shapes import Array
 
 
 class Linear(Protocol):
     """The contract of this room."""
 
-    def forward(self, x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
+    def forward(
+        self, x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"] | Int[Int8, "_ I"]]
+    ) -> list[Float[Array, "N _"]]:
         """Map x by each weight.
 
         Parameters
         ----------
         x : (N, I) float; rounded to bfloat16 where a weight is stored in bfloat16
-        weights : arrays (O_i, I)
+        weights : arrays (O_i, I); for inference also in int8 (see `minimoe.quantized`)
 
         Returns
         -------

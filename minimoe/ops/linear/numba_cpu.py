@@ -10,25 +10,30 @@ from collections.abc import Sequence
 
 import numba
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import dot_rows, jit, pointer, rounded, storage
+from minimoe.loops import address, dots, jit, pointer, rounded, storage
 from minimoe.products import Product, compute, operand
+from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 
 FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
+ROWS = 16  # of a block, the work that is dealt to threads
 
 
-def forward(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
-    dtype = weights[0].dtype
-    same = all(w.dtype == dtype for w in weights) and (dtype == x.dtype or is_bfloat16(weights[0]))
+def forward(
+    x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"] | Int[Int8, "_ I"]]
+) -> list[Float[Array, "N _"]]:
+    dtype, narrow = weights[0].dtype, is_bfloat16(weights[0]) or isinstance(weights[0], Int8)
+    same = all(w.dtype == dtype for w in weights) and (dtype == x.dtype or narrow)
     work = len(x) * sum(w.size for w in weights)
-    if len(x) <= FEW_ROWS and same and (work >= FEW_PRODUCTS or is_bfloat16(weights[0])):
-        return _forward_few(x, [np.ascontiguousarray(w) for w in weights])
+    if len(x) <= FEW_ROWS and same and (work >= FEW_PRODUCTS or narrow):
+        return _forward_few(x, [w if isinstance(w, Int8) else np.ascontiguousarray(w) for w in weights])
     xs = [operand(x, w) for w in weights]
-    ys = [np.empty((len(x), len(w)), np.result_type(xw, w)) for xw, w in zip(xs, weights, strict=True)]
+    types = [xw.dtype if isinstance(w, Int8) else np.result_type(xw, w) for xw, w in zip(xs, weights, strict=True)]
+    ys = [np.empty((len(x), len(w)), kind) for w, kind in zip(weights, types, strict=True)]
     compute([Product([(xw, w.T)], y) for xw, w, y in zip(xs, weights, ys, strict=True)])  # (N, I) -> (N, O)
     return ys
 
@@ -44,14 +49,17 @@ def backward(
     return dx, dws
 
 
-def _forward_few(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
+def _forward_few(
+    x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"] | Int[Int8, "_ I"]]
+) -> list[Float[Array, "N _"]]:
     """One launch for all weights, by address: one compiled loop for any number of them, memory-mapped or not."""
     bf16 = is_bfloat16(weights[0])
     N = len(x)
     x = np.ascontiguousarray(x, np.float32 if bf16 else x.dtype)
-    table = np.array([(w.__array_interface__["data"][0], len(w)) for w in weights], np.int64)
-    out = np.empty(N * int(table[:, 1].sum()), x.dtype)
-    _few(x, table, storage(weights[0][:0]).dtype, bf16, out)
+    held = [parts(w) for w in weights]  # addresses keep nothing alive
+    table = np.array([(address(w), address(scale), len(w)) for w, scale in held], np.int64)
+    out = np.empty(N * int(table[:, 2].sum()), x.dtype)
+    _few(x, table, storage(held[0][0][:0]).dtype, bf16, out)
     ys, start = [], 0
     for w in weights:
         ys.append(out[start : start + N * len(w)].reshape(N, len(w)))
@@ -68,26 +76,25 @@ def _few(x, table, dtype, bf16, out):
                 x[n, i] = rounded(x[n, i])
     blocks = 0
     for i in range(len(table)):
-        blocks += (table[i, 1] + 3) // 4
-    if 4 * blocks * x.size < FEW_PRODUCTS:
+        blocks += (table[i, 2] + ROWS - 1) // ROWS
+    if ROWS * blocks * x.size < FEW_PRODUCTS:
         for block in range(blocks):
-            _four_rows(x, table, dtype, out, block)
+            _block(x, table, dtype, out, block)
     else:
         for block in numba.prange(blocks):
-            _four_rows(x, table, dtype, out, np.int64(block))  # prange counts unsigned
+            _block(x, table, dtype, out, np.int64(block))  # prange counts unsigned
 
 
 @jit()
-def _four_rows(x, table, dtype, out, block):
-    """Block `block` of four rows, counted through all the weights; their results lie one after the other in `out`."""
+def _block(x, table, dtype, out, block):
+    """Block `block` of ROWS rows, counted through all the weights; their results lie one after the other in `out`."""
     N, weight, start = x.shape[0], 0, 0
-    while block >= (table[weight, 1] + 3) // 4:
-        block -= (table[weight, 1] + 3) // 4
-        start += N * table[weight, 1]
+    while block >= (table[weight, 2] + ROWS - 1) // ROWS:
+        block -= (table[weight, 2] + ROWS - 1) // ROWS
+        start += N * table[weight, 2]
         weight += 1
-    address, rows = table[weight]
-    w = numba.carray(pointer(np.uintp(address)), (rows, x.shape[1]), dtype)
+    place, scale, rows = table[weight]
+    w = numba.carray(pointer(np.uintp(place)), (rows, x.shape[1]), dtype)
     for n in range(N):
-        four = dot_rows(x[n], w, 4 * block)
-        for i in range(4):
-            out[start + n * rows + min(4 * block + i, rows - 1)] = four[i]
+        y = out[start + n * rows : start + (n + 1) * rows]
+        dots(x[n], w, scale, ROWS * block, min(ROWS * (block + 1), rows), y)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from minimoe.arrays import matmul, widen
+from minimoe.quantized import Int8
 from minimoe.shapes import Array
 
 
-def forward(x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"]]) -> list[Float[Array, "N _"]]:
+def forward(
+    x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"] | Int[Int8, "_ I"]]
+) -> list[Float[Array, "N _"]]:
     return [matmul(x, w.T) for w in weights]  # (N, I) -> (N, O)
 
 
