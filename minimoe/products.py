@@ -36,6 +36,7 @@ GRAIN = 1 << 23  # multiplications worth a block, or a thread, of their own: abo
 LEAST_SIDE = 128  # of a block; narrower ones are slower per multiplication
 MOST_BLOCKS = 64  # of one product: enough to keep 16 threads evenly busy
 FEW_ROWS = 16  # with fewer, a block takes as long as with these: the time is that of reading `right`
+SMALL = 1 << 15  # numbers; below, waking threads (tens of µs where they sleep) costs more than they save
 BLOCK_OF_WEIGHTS = 1 << 20  # widened from bfloat16 at a time: 4 MiB in float32, which a cache holds
 
 
@@ -254,7 +255,15 @@ def _scale_all(values, scale, out):
 
 @jit(parallel=True)
 def _round_all(x, out):
-    for row in numba.prange(x.shape[0]):
-        source, target = x[row], out[row]
-        for i in range(x.shape[1]):
-            target[i] = rounded(source[i])
+    if x.size < SMALL:
+        for row in range(x.shape[0]):
+            _round_row(x[row], out[row])
+    else:
+        for row in numba.prange(x.shape[0]):
+            _round_row(x[row], out[row])
+
+
+@jit()
+def _round_row(source, target):
+    for i in range(len(source)):
+        target[i] = rounded(source[i])

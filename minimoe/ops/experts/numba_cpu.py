@@ -25,6 +25,7 @@ from minimoe.shapes import Array
 
 FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
+SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
 ROWS = 32  # of a block, the work that is dealt to threads
 
 
@@ -279,22 +280,29 @@ def _swiglu_backward(gate_in, up, dhidden, hidden, dgate_in):
 @jit(parallel=True)
 def _combine(ys, place, weights, out, slots):
     """Weighted sum over k in slot order; keeps the slots too where there is room for them."""
-    N, k = place.shape
-    keep = len(slots) > 0
-    for n in numba.prange(N):
-        total = out[n]
-        for d in range(len(total)):
-            total[d] = 0
-        for slot in range(k):
-            row = place[n, slot]
-            if row >= 0:
-                y, weight = ys[row], weights[n, slot]
-                for d in range(ys.shape[1]):
-                    total[d] += weight * y[d]
-            if keep:
-                kept = slots[n, slot]
-                for d in range(ys.shape[1]):
-                    kept[d] = ys[row, d] if row >= 0 else 0
+    if ys.size < SMALL:
+        for n in range(len(place)):
+            _combine_token(ys, place, weights, out, slots, n)
+    else:
+        for n in numba.prange(len(place)):
+            _combine_token(ys, place, weights, out, slots, n)
+
+
+@jit()
+def _combine_token(ys, place, weights, out, slots, n):
+    total = out[n]
+    for d in range(len(total)):
+        total[d] = 0
+    for slot in range(place.shape[1]):
+        row = place[n, slot]
+        if row >= 0:
+            y, weight = ys[row], weights[n, slot]
+            for d in range(ys.shape[1]):
+                total[d] += weight * y[d]
+        if len(slots) > 0:
+            kept = slots[n, slot]
+            for d in range(ys.shape[1]):
+                kept[d] = ys[row, d] if row >= 0 else 0
 
 
 @jit(parallel=True)
