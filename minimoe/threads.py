@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import cache
 
 VARIABLE = "MINIMOE_NUM_THREADS"
 
@@ -52,12 +53,19 @@ def use(number: int, name: str = "number of threads") -> None:
     """
     import numba
 
-    most = int(numba.config.NUMBA_NUM_THREADS)
-    if not 1 <= number <= most:
-        raise ThreadsError(f"{name} must be between 1 and {most} (the cores, or NUMBA_NUM_THREADS), not {number}")
+    if not 1 <= number <= most():
+        raise ThreadsError(f"{name} must be between 1 and {most()} (the cores, or NUMBA_NUM_THREADS), not {number}")
     numba.set_num_threads(number)
 
 
+def most() -> int:
+    """Threads that there can be: what Numba was started with."""
+    import numba
+
+    return int(numba.config.NUMBA_NUM_THREADS)
+
+
+@cache
 def layer() -> str:
     """Return the library that will start threads: "tbb", "omp" or "workqueue", the first that can be loaded.
 

@@ -20,6 +20,7 @@ from minimoe.checkpoint.memory import require_memory
 from minimoe.loops import FAST, jit
 from minimoe.products import Product, compute
 from minimoe.shapes import Array
+from minimoe.threads import use
 
 READ_BYTES = 1 << 30
 SIDE = 2048  # of the square matrices: 17 GFLOP, far more than what starting a product costs
@@ -96,24 +97,16 @@ def held_to(threads: int) -> Iterator[None]:
 
     Raises
     ------
-    ValueError
+    ThreadsError
         If Numba was started with fewer.
     """
-    most = numba.config.NUMBA_NUM_THREADS
-    if not 1 <= threads <= most:
-        raise ValueError(f"--threads must be between 1 and {most} (cores, or NUMBA_NUM_THREADS), not {threads}")
     before = numba.get_num_threads()
-    numba.set_num_threads(threads)
+    use(threads, "--threads")
     try:
         with threadpool_limits(threads, "blas"):
             yield
     finally:
         numba.set_num_threads(before)
-
-
-def most_threads() -> int:
-    """Threads that there can be: cores, or what NUMBA_NUM_THREADS says."""
-    return int(numba.config.NUMBA_NUM_THREADS)
 
 
 def threading_layer() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minimoe import threads
 from minimoe.backends import make_backend
 from minimoe.bench import limits, peers
 from minimoe.bench.models import Preset, Source, benchmark, folder_preset, kind, with_experts
@@ -74,7 +75,7 @@ def check(order: Order) -> Plan:
         tasks=_tasks(order, preset),
         profiled=_profiled(order, preset),
         mapped=preset.mapped,
-        threads=limits.most_threads() if order.threads is None else order.threads,
+        threads=threads.most() if order.threads is None else order.threads,
         cold=(max(order.batches or [1]), max(order.contexts or [preset.context])),
     )
     for name, B, T in [*plan.tasks, *plan.profiled]:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from minimoe import params
+from minimoe import params, threads
 from minimoe.backends import make_backend
 from minimoe.bench import limits, measure
 from minimoe.bench.measure import Samples, ratio, rounds, turn
@@ -77,7 +77,7 @@ def test_threads_are_held_and_given_back():
     with limits.held_to(1):
         assert numba.get_num_threads() == 1
     assert numba.get_num_threads() == before
-    for wrong in (0, limits.most_threads() + 1):
+    for wrong in (0, threads.most() + 1):
         with pytest.raises(ValueError, match="--threads must be between 1 and"), limits.held_to(wrong):
             pass
 
