@@ -27,31 +27,70 @@ def xp_of(x: Array) -> Any:
 
 
 def cupy_module() -> ModuleType:
-    """Import CuPy, or say what is missing.
+    """Import CuPy and look for a device, or say what is missing and how to get it.
 
     Raises
     ------
     ValueError
-        If CuPy is not installed, or no CUDA device answers.
+        If CuPy is not installed or cannot be imported, no CUDA driver or device answers, the driver is too old for
+        this CuPy, or CUDA's libraries are not there.
     """
+    install = "pip install 'minimoe[cuda12]' or 'minimoe[cuda13]', as the driver's CUDA is (nvidia-smi names it)"
     try:
         import cupy
-    except ImportError:
-        raise ValueError(
-            "backend 'cuda' needs CuPy, which is not installed: pip install 'minimoe[cuda12]' or 'minimoe[cuda13]'"
-        ) from None
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
+    except ModuleNotFoundError:
+        raise ValueError(f"backend 'cuda' needs CuPy, which is not installed: {install}") from None
     except Exception as error:
-        raise ValueError(f"backend 'cuda' found CuPy but no usable CUDA driver or device: {error}") from None
+        raise ValueError(f"backend 'cuda' found CuPy, but it cannot be imported ({_line(error)}): {install}") from None
+    runtime = cupy.cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except Exception as error:
+        raise ValueError(f"backend 'cuda' found CuPy but {_what_is_wrong(runtime, error)}") from None
     if count == 0:
         raise ValueError("backend 'cuda' found CuPy but no CUDA device (is one visible? CUDA_VISIBLE_DEVICES)")
+    try:
+        _ = cupy.cuda.cublas.gemmEx  # cuBLAS is looked for when it is first asked for
+    except Exception as error:
+        raise ValueError(f"backend 'cuda' does not find CUDA's libraries ({_line(error)}): {install}") from None
     return cupy  # type: ignore[no-any-return]
+
+
+def _what_is_wrong(runtime: Any, error: Exception) -> str:
+    """Why no device answers: most often there is no driver, or one too old for the CUDA that CuPy was built for."""
+    try:
+        driver, built = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+    except Exception:
+        driver = built = 0
+    if 0 < driver < built:
+        return (
+            f"the driver is too old: it serves CUDA {_version(driver)}, this CuPy is built for {_version(built)}; "
+            "update the driver, or install the CuPy of an older CUDA"
+        )
+    if driver == 0 < built:
+        return "no CUDA driver: this machine has none, or it is not visible here (does nvidia-smi work?)"
+    return f"no usable CUDA driver or device: {_line(error)}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def to_host(x: Array) -> Array:
     """Return `x` as a NumPy array, copied from the device if it lies there."""
     return x.get() if xp_of(x) is not np else x
+
+
+def overwrite(x: Array, values: Array) -> None:
+    """Write host `values` of the shape and type of `x` into it, wherever it lies."""
+    if xp_of(x) is np:
+        x[...] = values
+    else:
+        x.set(values)
 
 
 def is_bfloat16(x: Array) -> bool:

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 
 from minimoe import threads
 from minimoe.arrays import cupy_module
+from minimoe.cuda import FEW, Captured
 from minimoe.ops.adamw import AdamW
 from minimoe.ops.attention import Attention
 from minimoe.ops.balance_loss import BalanceLoss
@@ -54,6 +56,9 @@ class Backend:
     ----------
     name : "numpy", "numba" or "cuda"
     dialects : {(room, function): dialect file}, the table of cells: "reference" marks a missing one
+    xp : the array library, numpy or cupy
+    graphs : whether a device may replay what it has captured. Whoever wraps an op to look at what it returns sets it to
+        False: a replayed graph calls no Python
     """
 
     name: str
@@ -70,18 +75,25 @@ class Backend:
     adamw: AdamW
     sampling: Sampling
     dialects: dict[tuple[str, str], str] = field(default_factory=dict, repr=False)
-
-    @property
-    def xp(self) -> Any:
-        """The array library: numpy, or cupy."""
-        return cupy_module() if self.name == "cuda" else np
+    xp: Any = field(default=np, repr=False)
+    graphs: bool = field(default=True, repr=False)
 
     def asarray(self, x: Array) -> Array:
         """Return `x` where this backend computes: as it is, or copied to the device."""
         return self.xp.asarray(x)
 
+    def captured(self, run: Callable[[], Array], tokens: int) -> Callable[[], Array]:
+        """Return a function that does what `run` does, for many calls on the same arrays: on a device, one CUDA graph.
 
-ROOMS = tuple(f.name for f in dataclasses.fields(Backend) if f.name not in ("name", "dialects"))
+        Parameters
+        ----------
+        run : reads and writes arrays that stay where they are, and returns an array
+        tokens : N of its calls of ops; more than `cuda.FEW` may have to ask the host, and are run as they stand
+        """
+        return Captured(self.xp, run) if self.xp is not np and self.graphs and tokens <= FEW else run
+
+
+ROOMS = tuple(f.name for f in dataclasses.fields(Backend) if f.name not in ("name", "dialects", "xp", "graphs"))
 
 
 def make_backend(name: str = "auto") -> Backend:
@@ -90,7 +102,7 @@ def make_backend(name: str = "auto") -> Backend:
     Parameters
     ----------
     name : {"numpy", "numba", "cuda", "auto"}
-        "auto" is numba: the CUDA column has no kernels of its own yet.
+        "auto" is numba.
 
     Raises
     ------
@@ -101,9 +113,10 @@ def make_backend(name: str = "auto") -> Backend:
         name = "numba"
     if name not in DIALECT_FILES:
         raise BackendError(f"unknown backend {name!r}; there are {', '.join(DIALECT_FILES)} and auto")
+    xp: Any = np
     if name == "cuda":
         try:
-            cupy_module()
+            xp = cupy_module()
         except ValueError as error:
             raise BackendError(str(error)) from None
     if name == "numba":
@@ -112,7 +125,7 @@ def make_backend(name: str = "auto") -> Backend:
             warnings.warn(SLOW_THREADS, RuntimeWarning, stacklevel=2)
     dialects: dict[tuple[str, str], str] = {}
     rooms: dict[str, Any] = {room: _cells(room, DIALECT_FILES[name], dialects) for room in ROOMS}
-    return Backend(name=name, dialects=dialects, **rooms)
+    return Backend(name=name, dialects=dialects, xp=xp, **rooms)
 
 
 def _cells(room: str, dialect: str, dialects: dict[tuple[str, str], str]) -> Any:

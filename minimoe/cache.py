@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 from minimoe.backends import Backend
 from minimoe.config import ModelConfig
 from minimoe.params import Params
+from minimoe.placement import require
 from minimoe.quantized import kept_dtype
 from minimoe.shapes import Array
 
@@ -62,6 +64,8 @@ def new_cache(ops: Backend, config: ModelConfig, params: Params, batch: int, max
     check_count("batch", batch, 1)
     check_count("max_length", max_length, 1)
     shape = _shape(config, batch, max_length)
+    itemsize = sum(np.dtype(kept_dtype(w)).itemsize for p in params.layers for w in (p.attention.wk, p.attention.wv))
+    require(ops, math.prod(shape) * itemsize, f"keys and values of {batch} × {max_length:,} tokens")
     caches = [
         LayerCache(*(ops.xp.zeros(shape, kept_dtype(w)) for w in (p.attention.wk, p.attention.wv)))
         for p in params.layers

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from minimoe import mixtral
-from minimoe.arrays import to_host
+from minimoe.arrays import overwrite, to_host
 from minimoe.backends import Backend
 from minimoe.config import ModelConfig
 from minimoe.params import Params
+from minimoe.placement import explained
 from minimoe.shapes import Array
 
 
@@ -82,17 +83,45 @@ def _generate(
     rng = np.random.default_rng(seed) if seed is None or isinstance(seed, int | np.integer) else seed
     cache = mixtral.new_cache(ops, config, params, B, max_length)
     ended = np.zeros(B, bool)
+    decoding: _Decoding | None = None
+    ids: Int[Array, " B"] = np.empty(B, np.int64)
     for step in range(max_new_tokens):
-        logits, _ = mixtral.forward(ops, config, params, inputs, cache=cache, last_only=True)
-        uniform = ops.asarray(rng.random(B))
-        ids = np.asarray(to_host(ops.sampling.forward(logits[:, 0], temperature, top_p, uniform)))
+        with explained(ops):
+            if step == 0:
+                logits = mixtral.forward(ops, config, params, inputs, cache=cache, last_only=True)[0][:, 0]
+            else:
+                decoding = decoding or _Decoding(ops, config, params, cache)
+                logits = decoding(ids)
+            uniform = ops.asarray(rng.random(B))
+            ids = np.asarray(to_host(ops.sampling.forward(logits, temperature, top_p, uniform)))
         if config.eos_id is not None:
             ids = np.where(ended, config.eos_id, ids)
             ended |= ids == config.eos_id
         yield ids
-        if ended.all() or step + 1 == max_new_tokens:
+        if ended.all():
             return
-        inputs = mixtral.check_inputs(ids[:, None], config.vocab_size, cache=cache)
+
+
+class _Decoding:
+    """The steps after the prompt, on arrays that stay where they are, so that a device can replay them as a graph."""
+
+    def __init__(self, ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache) -> None:
+        self._ops, self._config, self._params, self._cache = ops, config, params, cache
+        self._positions = ops.asarray(cache.lengths[:, None].copy())
+        self._tokens = ops.xp.zeros_like(self._positions)
+        self._replay = ops.captured(self._step, tokens=len(cache.lengths))
+
+    def __call__(self, ids: Int[Array, " B"]) -> Float[Array, "B V"]:
+        """Return the logits that follow when each sequence goes on with `ids`."""
+        overwrite(self._tokens, ids[:, None])
+        logits = self._replay()
+        self._cache.lengths += 1
+        return logits
+
+    def _step(self) -> Float[Array, "B V"]:
+        logits = mixtral.decode(self._ops, self._config, self._params, self._tokens, self._positions, self._cache)
+        self._positions += 1
+        return logits
 
 
 def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:

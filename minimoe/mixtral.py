@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from minimoe import layers
 from minimoe.backends import Backend
@@ -29,7 +29,7 @@ from minimoe.shapes import Array, Routing
 # What a caller of the decoder needs besides it.
 __all__ = [
     "CacheError", "CacheFullError", "Inputs", "KVCache", "Losses", "TokenError", "check_count", "check_inputs",
-    "choices", "collect_routing", "forward", "loss_and_grads", "new_cache", "next_tokens",
+    "choices", "collect_routing", "decode", "forward", "loss_and_grads", "new_cache", "next_tokens",
 ]  # fmt: skip
 
 
@@ -52,8 +52,8 @@ def forward(
         check_cache(cache, config, params)
         slots = cache.positions.shape[1]
         cache.broken = T > 1 and bool(inputs.positions.max() >= slots)  # until all has gone well
-    batch = _batch(ops, config, params, inputs, cache)
-    x, residual, routed, _ = _blocks(ops, config, params, inputs, batch, cache, choose)
+    batch = _batch(ops, config, params, *_on_device(ops, inputs), cache)
+    x, residual, routed, _ = _blocks(ops, config, params, ops.asarray(inputs.tokens), batch, cache, choose)
     if cache is not None:
         ops.kv_cache.write_positions(cache.positions, batch.q_pos)
         cache.lengths = np.maximum(cache.lengths, inputs.positions.max(axis=1) + 1)
@@ -61,9 +61,35 @@ def forward(
     if last_only:
         rows = ops.asarray(np.arange(B) * T + inputs.positions.argmax(axis=1))
         x, residual = x[rows], residual[rows]
+    return _logits(ops, config, params, x, residual).reshape(B, -1, config.vocab_size), routed
+
+
+def decode(
+    ops: Backend,
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B 1"],
+    positions: Int[Array, "B 1"],
+    cache: KVCache,
+) -> Float[Array, "B V"]:
+    """One token per sequence, all of it on the device, so that it can be captured: `forward` without its checks.
+
+    Parameters
+    ----------
+    tokens, positions : (B, 1) on the device, valid
+    cache : not empty; its `lengths`, on the host, are the caller's to keep
+    """
+    batch = _batch(ops, config, params, positions, None, cache)
+    x, residual, _, _ = _blocks(ops, config, params, tokens, batch, cache)
+    ops.kv_cache.write_positions(cache.positions, positions)
+    return _logits(ops, config, params, x, residual)
+
+
+def _logits(
+    ops: Backend, config: ModelConfig, params: Params, x: Float[Array, "N D"], residual: Float[Array, "N D"]
+) -> Float[Array, "N V"]:
     y, _, _ = ops.rmsnorm.forward(x, params.norm, config.norm_eps, residual)
-    logits = ops.linear.forward(y, [params.head])[0]  # (B T, D) -> (B T, V)
-    return logits.reshape(B, -1, config.vocab_size), routed
+    return ops.linear.forward(y, [params.head])[0]  # (N, D) -> (N, V)
 
 
 @dataclass(frozen=True)
@@ -89,9 +115,10 @@ def loss_and_grads(
     A token counts as a target where it and its predecessor are unmasked. `jitter` draws the router's noise where the
     config asks for it.
     """
-    batch = _batch(ops, config, params, inputs, None)
+    batch = _batch(ops, config, params, *_on_device(ops, inputs), None)
+    tokens = ops.asarray(inputs.tokens)
     x, residual, routed, saved = _blocks(
-        ops, config, params, inputs, batch, None, choose, _noise(ops, config, params, jitter), keep=True
+        ops, config, params, tokens, batch, None, choose, _noise(ops, config, params, jitter), keep=True
     )
     y, h, r = ops.rmsnorm.forward(x, params.norm, config.norm_eps, residual)
     logits = ops.linear.forward(y, [params.head])[0]
@@ -110,7 +137,7 @@ def loss_and_grads(
         # forward: the block hands on x and residual, whose sum h has the one gradient dh
         dh, grad = layers.backward(ops, config, params.layers[i], batch, saved[i], dh, dh, dlogits_i)
         grads.append(grad)
-    dtable = ops.embedding.backward(dh, ops.asarray(inputs.tokens.reshape(-1)), config.vocab_size)
+    dtable = ops.embedding.backward(dh, tokens.reshape(-1), config.vocab_size)
     if params.output is None:
         dtable, dhead = dtable + dhead, None
     return losses, Params(dtable, grads[::-1], dnorm, dhead), routed
@@ -125,11 +152,22 @@ def collect_routing(ops: Backend, routed: Sequence[Routed]) -> Routing | None:
     return Routing(xp.stack([r.ids for r in routed]), xp.stack([r.weights for r in routed]), xp.stack(logits))
 
 
-def _batch(ops: Backend, config: ModelConfig, params: Params, inputs: Inputs, cache: KVCache | None) -> Batch:
-    q_pos = ops.asarray(inputs.positions)
+def _on_device(ops: Backend, inputs: Inputs) -> tuple[Int[Array, "B T"], Bool[Array, " N"] | None]:
+    """Positions, and which tokens are no padding (None where all are)."""
+    active = None if inputs.mask.all() else ops.asarray(inputs.mask.reshape(-1))
+    return ops.asarray(inputs.positions), active
+
+
+def _batch(
+    ops: Backend,
+    config: ModelConfig,
+    params: Params,
+    q_pos: Int[Array, "B T"],
+    active: Bool[Array, " N"] | None,
+    cache: KVCache | None,
+) -> Batch:
     compute = np.float64 if params.dtype == np.float64 else np.float32
     cos, sin = ops.rope.table(q_pos.reshape(-1), config.head_dim, config.rope_theta, compute)
-    active = None if inputs.mask.all() else ops.asarray(inputs.mask.reshape(-1))
     cache_pos = None
     if cache is not None and cache.lengths.any():
         cache_pos = cache.positions
@@ -143,7 +181,7 @@ def _blocks(
     ops: Backend,
     config: ModelConfig,
     params: Params,
-    inputs: Inputs,
+    tokens: Int[Array, "B T"],
     batch: Batch,
     cache: KVCache | None,
     choose: Sequence[Choice] | None = None,
@@ -151,7 +189,7 @@ def _blocks(
     keep: bool = False,
 ) -> tuple[Float[Array, "N D"], Float[Array, "N D"], list[Routed], list[Any]]:
     """Embed the tokens and run all blocks."""
-    x = ops.embedding.forward(ops.asarray(inputs.tokens.reshape(-1)), params.tok_embeddings)  # (B, T) -> (N, D)
+    x = ops.embedding.forward(tokens.reshape(-1), params.tok_embeddings)  # (B, T) -> (N, D)
     residual = None
     all_routed, all_saved = [], []
     for i, layer in enumerate(params.layers):

@@ -16,6 +16,7 @@ from minimoe.config import ConfigError, ModelConfig
 from minimoe.mixtral import KVCache
 from minimoe.params import Params, map_leaves, named, quantized, stack_experts
 from minimoe.params import random as random_params
+from minimoe.placement import explained, placed
 from minimoe.shapes import Array, Routing
 from minimoe.tokenizer import Tokenizer
 from minimoe.trace import Trace, record
@@ -53,10 +54,15 @@ class Model:
         )
 
     def to(self, backend: str | Backend) -> Model:
-        """Return a model with the same weights on another backend."""
+        """Return a model with the same weights on another backend, bit for bit.
+
+        Raises
+        ------
+        BackendError
+            If there is no such backend here; DeviceMemoryError, one of them, if the device cannot hold the weights.
+        """
         ops = make_backend(backend) if isinstance(backend, str) else backend
-        moved = map_leaves(self.params, lambda w: ops.asarray(w if ops.xp is not np else to_host(w)))
-        return Model(self.config, moved, ops, self.tokenizer)
+        return Model(self.config, placed(self.params, ops), ops, self.tokenizer)
 
     def forward(
         self,
@@ -93,10 +99,11 @@ class Model:
         tokens, mask, positions, single = _batched(tokens, mask, positions)
         inputs = mixtral.check_inputs(tokens, self.config.vocab_size, mask, positions, cache)
         choose = mixtral.choices(self.ops, self.config, inputs.tokens.size, routing, disabled_experts)
-        logits, _ = mixtral.forward(
-            self.ops, self.config, self.params, inputs, cache=cache, last_only=last_only, choose=choose
-        )
-        logits = to_host(logits)
+        with explained(self.ops):
+            logits, _ = mixtral.forward(
+                self.ops, self.config, self.params, inputs, cache=cache, last_only=last_only, choose=choose
+            )
+            logits = to_host(logits)
         return logits[0] if single else logits
 
     def new_cache(self, batch: int = 1, max_length: int | None = None) -> KVCache:
@@ -184,8 +191,9 @@ class Model:
         tokens, mask, _, _ = _batched(tokens, mask, None)
         inputs = mixtral.check_inputs(tokens, self.config.vocab_size, mask)
         rng = None if jitter_seed is None else np.random.default_rng(jitter_seed)
-        losses, grads, _ = mixtral.loss_and_grads(self.ops, self.config, self.params, inputs, jitter=rng)
-        return losses.total, {name: to_host(g) for name, g in named(grads)}
+        with explained(self.ops):
+            losses, grads, _ = mixtral.loss_and_grads(self.ops, self.config, self.params, inputs, jitter=rng)
+            return losses.total, {name: to_host(g) for name, g in named(grads)}
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder, atomically: what was there before stays whole until the new one is."""

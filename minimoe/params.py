@@ -193,12 +193,16 @@ def _rebuilt(params: Params, matrix: Callable[[Any], Any], other: Callable[[Any]
     return Params(other(params.tok_embeddings), [layer(old) for old in params.layers], other(params.norm), output)
 
 
-def stack_experts(params: Params) -> Params:
-    """Return the tree with every layer's experts copied into one (E, ., .) array each, as training needs it."""
+def stack_experts(params: Params, stack: Callable[[Sequence[Any]], Any] | None = None) -> Params:
+    """Return the tree with every layer's experts copied into one (E, ., .) array each, as training needs it.
+
+    `stack` makes the array, elsewhere if need be.
+    """
+    joined = stack or _stack
 
     def stacked(layer: LayerParams) -> LayerParams:
         ffn = layer.feed_forward
-        experts: list[Any] = [_stack(w) if isinstance(w, list) else w for w in (ffn.w1, ffn.w2, ffn.w3)]
+        experts: list[Any] = [joined(w) if isinstance(w, list) else w for w in (ffn.w1, ffn.w2, ffn.w3)]
         return dataclasses.replace(layer, feed_forward=FeedForwardParams(ffn.gate, *experts))
 
     return dataclasses.replace(params, layers=[stacked(layer) for layer in params.layers])

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,9 @@ import pytest
 from jaxtyping import AbstractArray, jaxtyped
 
 import minimoe.ops
+from minimoe.arrays import cupy_module
+from tests.cuda_on_cpu import compiling
+from tests.cuda_on_cpu.stand_in import STATE, make_cupy
 
 ROOMS = sorted(path.parent.name for path in Path(minimoe.ops.__path__[0]).glob("*/reference.py"))
 DIALECTS = ("reference", "numba_cpu", "cupy_gpu")
@@ -40,10 +44,9 @@ def launchers(room: str) -> dict[str, Callable[..., Any]]:
 
 
 def module_of(room: str, dialect: str) -> types.ModuleType | None:
-    """A dialect of a room, or None where it is not written or its library is missing."""
+    """A dialect of a room, or None where it is not written."""
     name = f"minimoe.ops.{room}.{dialect}"
-    missing = dialect == "cupy_gpu" and importlib.util.find_spec("cupy") is None
-    return None if missing or importlib.util.find_spec(name) is None else importlib.import_module(name)
+    return None if importlib.util.find_spec(name) is None else importlib.import_module(name)
 
 
 def problem(value: Any, hint: Any) -> str | None:
@@ -97,3 +100,27 @@ def _shapes_are_checked() -> Iterator[None]:
                         if name in vars(module):
                             patch.setattr(module, name, checked(getattr(module, name)))
         yield
+
+
+STAND_IN = make_cupy()
+
+
+@pytest.fixture(params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])
+def cupy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """CuPy on a device where there is one, and in any case the stand-in, whose kernels run on the processor."""
+    if request.param == "device":
+        return device_cupy()
+    if compiling.COMPILER is None:
+        pytest.skip("g++ is not installed: CUDA kernels cannot be compiled for the processor")
+    monkeypatch.setitem(sys.modules, "cupy", STAND_IN)
+    monkeypatch.setattr(STATE, "order", 0)
+    monkeypatch.setattr(STATE, "recording", None)
+    return STAND_IN
+
+
+def device_cupy() -> types.ModuleType:
+    """CuPy, or a skip with the reason."""
+    try:
+        return cupy_module()
+    except ValueError as error:
+        pytest.skip(str(error))

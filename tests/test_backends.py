@@ -76,14 +76,49 @@ def test_cuda_without_a_driver_passes_on_what_cuda_says(monkeypatch):
         make_backend("cuda")
 
 
-def test_the_cuda_column_falls_back_to_the_reference_where_it_has_no_kernel(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", _cupy(lambda: 1))
-    for room in ROOMS:
-        if importlib.util.find_spec(f"minimoe.ops.{room}.cupy_gpu"):
-            pytest.skip("its modules need the real CuPy")
+def test_cuda_with_too_old_a_driver_names_both_versions(monkeypatch):
+    def fail():
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    cupy = _cupy(fail)
+    cupy.cuda.runtime.driverGetVersion, cupy.cuda.runtime.runtimeGetVersion = lambda: 11080, lambda: 13020
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(
+        BackendError, match=r"the driver is too old: it serves CUDA 11\.8, this CuPy is built for 13\.2"
+    ):
+        make_backend("cuda")
+    cupy.cuda.runtime.driverGetVersion = lambda: 0
+    with pytest.raises(BackendError, match=r"found CuPy but no CUDA driver: .*nvidia-smi"):
+        make_backend("cuda")
+
+
+def test_cuda_without_its_libraries_says_how_to_get_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", _cupy(lambda: 1))  # without cublas
+    with pytest.raises(BackendError, match=r"does not find CUDA's libraries .*: pip install 'minimoe\[cuda12\]'"):
+        make_backend("cuda")
+
+
+def test_a_cupy_that_cannot_be_imported_is_told_from_one_that_is_not_there(monkeypatch):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "cupy":
+                raise ImportError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(BackendError, match=r"found CuPy, but it cannot be imported \(libcuda.so.1: cannot open"):
+        make_backend("cuda")
+
+
+def test_a_missing_cell_is_the_reference_over_cupy(cupy):
     ops = make_backend("cuda")
-    assert ops.name == "cuda" and ops.xp is sys.modules["cupy"]
-    assert set(ops.dialects.values()) == {"reference"}
+    assert ops.name == "cuda" and ops.xp is cupy
+    assert ops.dialects["rmsnorm", "forward"] == "cupy_gpu"
+    missing = {cell for cell, dialect in ops.dialects.items() if dialect == "reference"}
+    for room, function in missing:
+        assert not hasattr(importlib.import_module(f"minimoe.ops.{room}"), "cupy_gpu") or not hasattr(
+            importlib.import_module(f"minimoe.ops.{room}.cupy_gpu"), function
+        )
 
 
 @pytest.mark.parametrize("name", ["numpy", "numba"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 from functools import cache
 from types import CodeType, ModuleType
 from typing import Any
@@ -25,19 +26,24 @@ def sources(room: str, function: str) -> dict[str, str]:
 
 def _dialect(room: str, function: str, file: str) -> str:
     path = f"minimoe.ops.{room}.{file}"
-    # Looked at, not imported: the CUDA dialect imports CuPy, which need not be there to be read.
-    spec = importlib.util.find_spec(path)
-    if spec is None:
-        return "# not written: the array code runs in its place" + (" over CuPy" if file == "cupy_gpu" else "")
-    if file == "cupy_gpu":
-        return inspect.cleandoc(spec.loader.get_source(path) or "")  # type: ignore[union-attr]
-    module = importlib.import_module(path)
+    module = importlib.import_module(path) if importlib.util.find_spec(path) else None
     if not hasattr(module, function):
-        return "# not written: the array code runs in its place"
+        return "# not written: the array code runs in its place" + (" over CuPy" if file == "cupy_gpu" else "")
+    assert module is not None
     found: dict[str, str] = {}
     _collect(module, function, found)
     order = sorted(found, key=lambda name: inspect.getsourcelines(_plain(getattr(module, name)))[1])
-    return "\n\n".join(found[name] for name in order)
+    code = "\n\n".join(found[name] for name in order)
+    return "\n\n".join([code, *_kernels(module, code)])
+
+
+def _kernels(module: ModuleType, code: str) -> list[str]:
+    """The CUDA kernels of the room that `code` launches by name, each with the comment above it."""
+    if not hasattr(module, "KERNELS"):
+        return []
+    text = module.KERNELS.read_text(encoding="utf-8")
+    found = re.finditer(r"(?:^//[^\n]*\n)*^template[^{;]*?__global__[^{;]*?\b(\w+)\([^{;]*\{.*?^\}$", text, re.M | re.S)
+    return [match[0] for match in found if re.search(rf"\b{match[1]}<", code)]
 
 
 def _collect(module: ModuleType, name: str, found: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import minimoe
 from minimoe.config import ModelConfig
 from minimoe.ops.gating import numba_cpu, reference
+from minimoe.ops.rmsnorm import cupy_gpu
 from minimoe.plots.thumbnail import thumbnail
 from minimoe.stepper import Stepper
 from minimoe.stepper.arrays import array_html, numbers
@@ -105,10 +106,18 @@ def test_the_code_is_that_of_the_op_with_what_it_calls():
     assert where == sorted(where)
 
 
-def test_a_dialect_that_is_not_written_says_what_runs_instead():
-    assert "the array code runs in its place" in sources("sampling", "forward")["cuda"] or "cupy" in str(
-        sources("sampling", "forward")["cuda"]
-    )
+def test_the_cuda_code_is_the_launcher_and_the_kernels_it_names():
+    found = sources("rmsnorm", "forward")["cuda"]
+    assert inspect.getsource(cupy_gpu.forward).rstrip() in found and "def threads(" in found
+    assert "// Block n -> row n; its threads" in found and "__global__ void rmsnorm_forward(" in found
+    assert found.rstrip().endswith("}") and "rmsnorm_backward" not in found
+
+
+def test_a_dialect_that_is_not_written_says_what_runs_instead(monkeypatch):
+    monkeypatch.delattr(cupy_gpu, "backward")
+    sources.cache_clear()
+    assert sources("rmsnorm", "backward")["cuda"] == "# not written: the array code runs in its place over CuPy"
+    sources.cache_clear()
 
 
 @pytest.mark.parametrize("layers", [1, 2, 40])

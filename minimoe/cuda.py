@@ -1,0 +1,173 @@
+"""CUDA kernels: each room's `kernels.cu`, compiled on the machine when a kernel is first called, and launched.
+
+Kernels are C++ templates, called by their instantiation: ``launch(FILE, "rmsnorm_forward<float, bfloat16>", ...)``.
+CuPy hands the source to NVRTC, CUDA's runtime compiler, and keeps what it makes on disk, so that the second run
+compiles nothing. This file never imports CuPy: whoever has an array on the device has done so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from minimoe.arrays import BFLOAT16, is_bfloat16, xp_of
+from minimoe.quantized import Int8
+from minimoe.shapes import Array
+
+SHARED = Path(__file__).with_name("kernels.cuh")
+OPTIONS = ("--std=c++17",)
+_INCLUDE = '#include "../../kernels.cuh"'
+_TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", BFLOAT16: "bfloat16"}
+_STATIC_SHARED = 48 * 1024  # bytes of shared memory that a kernel gets without asking
+
+# Calls with so many tokens or fewer are served by kernels that read every weight once and never ask the host: such a
+# call can be captured in a graph. More go to cuBLAS, for which the host must know how many tokens each expert has.
+FEW = 16
+
+
+def c_type(x: Array) -> str:
+    """Return the C++ name of the type of `x`: float, double or bfloat16."""
+    return _TYPES[np.dtype(x.dtype)]
+
+
+def source(file: Path) -> str:
+    """Return a room's CUDA source with the shared header in place of its include.
+
+    CuPy's cache of compiled kernels looks at the text it is given, not at what the text includes.
+    """
+    text = file.read_text(encoding="utf-8")
+    assert text.count(_INCLUDE) == 1, f"{file} must include the shared header once"
+    header = SHARED.read_text(encoding="utf-8").replace("#pragma once", "")
+    before = text[: text.index(_INCLUDE)].count("\n")
+    return text.replace(_INCLUDE, f'{header}\n#line {before + 2} "{file.parent.name}/{file.name}"', 1)
+
+
+@functools.cache
+def compiled(cupy: ModuleType, file: Path, kernel: str) -> Any:
+    """Return one instantiation of a kernel template, compiled once per process (CuPy looks into its disk cache)."""
+    return cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=[kernel]).get_function(kernel)
+
+
+def launch(
+    file: Path,
+    kernel: str,
+    grid: int | tuple[int, ...],
+    block: int | tuple[int, ...],
+    arguments: Sequence[Array | int | float | None],
+    shared: int = 0,
+) -> None:
+    """Launch a kernel on the current stream.
+
+    Parameters
+    ----------
+    file : the room's kernels.cu
+    kernel : an instantiation, such as ``"rope<float>"``
+    grid, block : blocks, and threads of a block; a grid of no blocks launches nothing
+    arguments : contiguous arrays (None is a null pointer), int (in C++ `Index`), float (`double`)
+    shared : bytes of dynamic shared memory of a block
+    """
+    grid = (grid,) if isinstance(grid, int) else grid
+    block = (block,) if isinstance(block, int) else block
+    if 0 in grid:
+        return
+    function = compiled(sys.modules["cupy"], file, kernel)
+    if shared > _STATIC_SHARED:
+        function.max_dynamic_shared_size_bytes = shared
+    function(grid, block, tuple(_argument(a) for a in arguments), shared_mem=shared)
+
+
+def _argument(value: Any) -> Any:
+    if value is None:
+        return np.intp(0)
+    if isinstance(value, bool | int | np.integer):
+        return np.int64(value)
+    if isinstance(value, float | np.floating):
+        return np.float64(value)
+    assert value.flags.c_contiguous, "kernels take contiguous arrays"
+    return value
+
+
+def contiguous(x: Array) -> Array:
+    """Return `x` as a contiguous array: itself, or a copy."""
+    return xp_of(x).ascontiguousarray(x)
+
+
+def rounded(x: Array) -> Array:
+    """Return `x` stored in bfloat16."""
+    return x if is_bfloat16(x) else x.astype(BFLOAT16)
+
+
+def product(x: Array, w: Array | Int8) -> Array:
+    """Return ``x · wᵀ`` for x (N, I) and w (O, I), by cuBLAS: on tensor cores where w is stored in bfloat16.
+
+    The rule of `minimoe.arrays.matmul`: both operands are then rounded to bfloat16, and products add in float32.
+    """
+    if isinstance(w, Int8) or not is_bfloat16(w):
+        return x @ w.T
+    xp = xp_of(x)
+    y = xp.empty((len(x), len(w)), xp.float32)
+    if y.size:
+        _gemm(xp, contiguous(rounded(x)), contiguous(w), y)
+    return y
+
+
+def _gemm(xp: Any, x: Array, w: Array, y: Array) -> None:
+    """y = x · wᵀ, x and w in bfloat16, y in float32; cuBLAS counts by columns, so it is told yᵀ = w · xᵀ."""
+    (rows, inner), columns = x.shape, len(w)
+    cublas, one, zero = xp.cuda.cublas, np.ones(1, np.float32), np.zeros(1, np.float32)
+    bfloat16, float32, compute_float32, any_algorithm = 14, 0, 68, -1  # cudaDataType, cublasComputeType, cublasGemmAlgo
+    cublas.gemmEx(
+        xp.cuda.device.get_cublas_handle(), cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N, columns, rows, inner,
+        one.ctypes.data, w.data.ptr, bfloat16, inner, x.data.ptr, bfloat16, inner,
+        zero.ctypes.data, y.data.ptr, float32, columns, compute_float32, any_algorithm,
+    )  # fmt: skip
+
+
+class Captured:
+    """A function of no arguments that is called again and again, as one CUDA graph: its launches cost one launch.
+
+    The first call runs as it stands, so that kernels are compiled and memory is there; the second is captured; every
+    later one replays the graph on the same arrays. Nothing in it may read a number back to the host. Its memory comes
+    from a pool of its own, since a graph writes to the same addresses each time and nobody else may be given them;
+    what it returns lies there too, and is overwritten by the next call.
+    """
+
+    def __init__(self, cupy: Any, run: Callable[[], Array]) -> None:
+        self._cupy, self._run = cupy, run
+        self._pool, self._stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+        self._graph: Any = None
+        self._result: Array | None = None
+
+    def __call__(self) -> Array:
+        if self._result is None:
+            self._result = self._first()
+            return self._result
+        if self._graph is None:
+            self._capture()
+        self._graph.launch()  # on the stream that everything else runs on
+        return self._result
+
+    def _first(self) -> Array:
+        self._cupy.cuda.get_current_stream().synchronize()
+        with self._cupy.cuda.using_allocator(self._pool.malloc), self._stream:
+            result = self._run()
+            self._stream.synchronize()
+        return result
+
+    def _capture(self) -> None:
+        with self._cupy.cuda.using_allocator(self._pool.malloc), self._stream:
+            self._stream.begin_capture()
+            try:
+                result = self._run()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self._stream.end_capture()  # the stream must not stay in this state
+                raise
+            self._graph, self._result = self._stream.end_capture(), result
