@@ -23,7 +23,7 @@ from jaxtyping import AbstractArray, jaxtyped
 import minimoe.ops
 from minimoe.arrays import cupy_module
 from tests.cuda_on_cpu import compiling
-from tests.cuda_on_cpu.stand_in import STATE, make_cupy
+from tests.cuda_on_cpu.stand_in import STAND_IN, STATE
 
 ROOMS = sorted(path.parent.name for path in Path(minimoe.ops.__path__[0]).glob("*/reference.py"))
 DIALECTS = ("reference", "numba_cpu", "cupy_gpu")
@@ -100,9 +100,6 @@ def _shapes_are_checked() -> Iterator[None]:
                         if name in vars(module):
                             patch.setattr(module, name, checked(getattr(module, name)))
         yield
-
-
-STAND_IN = make_cupy()
 
 
 @pytest.fixture(params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])

@@ -1,4 +1,4 @@
-"""Compile every kernel that the CUDA backend can launch with nvcc, warnings as errors: `python -m tests.cuda.compile_with_nvcc`.
+"""`python -m tests.cuda.compile_with_nvcc`: compile every kernel that the CUDA backend can launch, warnings as errors.
 
 Nothing is run, so it needs CUDA's compiler but no device. Prints what the assembler says of each kernel: registers,
 shared memory, and spills, of which there must be none.
@@ -54,9 +54,8 @@ def main() -> int:
             entries = said.count("Compiling entry function")
             spills = [int(n) for n in re.findall(r"(\d+) bytes spill", said)]
             registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-            print(
-                f"{arch} {room}: {entries} kernels, at most {max(registers, default=0)} registers, {sum(spills)} bytes spilt"
-            )
+            used = f"at most {max(registers, default=0)} registers, {sum(spills)} bytes spilt"
+            print(f"{arch} {room}: {entries} kernels, {used}")
             if status or sum(spills) or args.verbose:
                 print(said)
             failed += bool(status or sum(spills) or not entries)
