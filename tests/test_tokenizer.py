@@ -42,7 +42,7 @@ def test_encoding_is_sentencepieces_own(text: str) -> None:
 
 @given(any_ids, st.booleans())
 def test_a_stream_joins_to_what_decode_gives(ids: list[int], continuing: bool) -> None:
-    whole = b"".join(TOKENIZER._bytes[i] for i in ids)
+    whole = b"".join(TOKENIZER._pieces[i][0] for i in ids)
     if not continuing:
         whole = whole.removeprefix(b" ")
     assert "".join(TOKENIZER.decode_stream(ids, continuing)) == whole.decode("utf-8", "replace")
@@ -57,7 +57,7 @@ def test_a_stream_of_valid_text_never_shows_half_a_character(text: str) -> None:
 
 def test_a_character_comes_with_its_last_byte() -> None:
     ids = TOKENIZER.encode("\u20ac", bos=False)
-    bytes_only = [i for i in ids if TOKENIZER._bytes[i][0] >= 0x80]
+    bytes_only = [i for i in ids if TOKENIZER._pieces[i][0][0] >= 0x80]
     assert len(bytes_only) == 3
     stream = TOKENIZER.decode_stream(iter([*bytes_only, *TOKENIZER.encode("x", bos=False)]), continuing=True)
     assert next(stream) == "\u20ac"

@@ -14,6 +14,7 @@
 
 from minimoe.checkpoint.atomic import write_folder_atomically
 from minimoe.checkpoint.errors import (
+    ChangedFileError,
     CheckpointError,
     ConfigFileError,
     DamagedFileError,
@@ -27,6 +28,7 @@ from minimoe.checkpoint.errors import (
     UnsupportedTypeError,
 )
 from minimoe.checkpoint.header import TensorInfo
+from minimoe.checkpoint.mapped import MappedFiles, memory_in_use
 from minimoe.checkpoint.memory import check_memory
 from minimoe.checkpoint.reading import Headers, headers, load_params, read_config
 from minimoe.checkpoint.tensors import load_tensors, save_tensors
@@ -34,10 +36,10 @@ from minimoe.checkpoint.verifying import Problem, verify
 from minimoe.checkpoint.writing import TOKENIZER, TRAINING_STATE, save
 
 __all__ = [
-    "load_params", "read_config", "headers", "verify", "save", "check_memory",
+    "load_params", "read_config", "headers", "verify", "save", "check_memory", "memory_in_use",
     "write_folder_atomically", "save_tensors", "load_tensors",
-    "Headers", "TensorInfo", "Problem", "TOKENIZER", "TRAINING_STATE",
-    "CheckpointError", "ConfigFileError", "DamagedFileError", "MissingFileError", "NotEnoughMemoryError",
-    "OutsideFolderError", "SaveError", "ShardIndexError", "TensorMismatchError", "UnsafeFormatError",
-    "UnsupportedTypeError",
+    "Headers", "MappedFiles", "TensorInfo", "Problem", "TOKENIZER", "TRAINING_STATE",
+    "ChangedFileError", "CheckpointError", "ConfigFileError", "DamagedFileError", "MissingFileError",
+    "NotEnoughMemoryError", "OutsideFolderError", "SaveError", "ShardIndexError", "TensorMismatchError",
+    "UnsafeFormatError", "UnsupportedTypeError",
 ]  # fmt: skip

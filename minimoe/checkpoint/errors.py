@@ -27,6 +27,10 @@ class DamagedFileError(CheckpointError):
     """A file whose contents are not what its format asks for: truncated, empty, a Git-LFS pointer, a false header."""
 
 
+class ChangedFileError(CheckpointError):
+    """A file that was written to while a model was using it."""
+
+
 class UnsafeFormatError(CheckpointError):
     """Weights in a format that runs code when it is opened (pickle); never opened."""
 

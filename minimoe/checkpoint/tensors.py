@@ -8,7 +8,6 @@ written here with that library, and the reverse.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ import numpy as np
 from minimoe.arrays import to_host
 from minimoe.checkpoint.errors import DamagedFileError, MissingFileError, SaveError, gigabytes, shown
 from minimoe.checkpoint.header import ALL_TYPES, TensorInfo, read_header
+from minimoe.checkpoint.mapped import map_file
 from minimoe.shapes import Array
 
 _ALIGNMENT = 64  # of the data's start in the file: a cache line, and the widest vector register
@@ -33,8 +33,7 @@ def map_tensors(file: BinaryIO, infos: Iterable[TensorInfo], where: str) -> dict
     use may be dropped by the system at any time. A tensor that is not aligned is copied, with a warning. (A file that
     is truncated *in place* while it is mapped ends the process with SIGBUS; `save` never does that.)
     """
-    mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-    data = np.frombuffer(mapping, np.uint8)
+    data = np.frombuffer(map_file(file, where), np.uint8)
     arrays, copied = {}, 0
     for info in infos:
         piece = data[info.offset : info.offset + info.nbytes]

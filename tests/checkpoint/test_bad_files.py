@@ -103,7 +103,7 @@ def test_a_failing_disk_is_one_line_too(single: Path, monkeypatch: pytest.Monkey
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("mmap.mmap", fail)
+    monkeypatch.setattr("minimoe.checkpoint.mapped.MappedFile", fail)
     refused(single, checkpoint.MissingFileError, "cannot be read: Input/output error")
 
 
