@@ -58,6 +58,18 @@ class KVCache:
         """Bytes of keys and values."""
         return sum(int(layer.k.nbytes + layer.v.nbytes) for layer in self.layers)
 
+    def forget(self, length: int) -> bool:
+        """Keep the first `length` tokens of every sequence only; False, and nothing done, where that is not possible.
+
+        It is not where a rolling cache has overwritten keys that those tokens would see.
+        """
+        longest, slots = int(self.lengths.max()), self.positions.shape[1]
+        if self.broken or (longest > slots and longest > length):
+            return False
+        self.positions[self.positions >= length] = -1
+        self.lengths[:] = np.minimum(self.lengths, length)
+        return True
+
 
 def new_cache(ops: Backend, config: ModelConfig, params: Params, batch: int, max_length: int) -> KVCache:
     """Return an empty cache for `batch` sequences of at most `max_length` tokens."""

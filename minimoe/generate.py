@@ -36,6 +36,7 @@ def generate_ids(
     top_p: float = 1.0,
     seed: int | Uniform | None = None,
     max_length: int | None = None,
+    cache: mixtral.KVCache | None = None,
 ) -> Iterator[Int[Array, " B"]]:
     """Yield the next token of every sequence, (B,) at a time; a sequence that has ended repeats eos_id.
 
@@ -48,24 +49,26 @@ def generate_ids(
     seed : makes sampling reproducible, or is itself the source of the numbers; row b of a batch draws the b-th number
         of every step
     max_length : size of the cache; None fits prompt and new tokens
+    cache : holds what stands before `tokens`, and gets them and all that follows but the last token; None makes one
 
     Raises
     ------
     ValueError
         If a setting is out of range.
     CacheFullError
-        If prompt and new tokens do not fit max_length.
+        If prompt and new tokens do not fit max_length, or the cache.
     """
     check_settings(max_new_tokens, temperature, top_p)
-    inputs = mixtral.check_inputs(tokens, config.vocab_size, mask)
+    inputs = mixtral.check_inputs(tokens, config.vocab_size, mask, cache=cache)
     if not inputs.mask.any(axis=1).all():
         raise mixtral.TokenError("every prompt needs at least one unmasked token")
     needed = int(inputs.positions.max()) + 1 + max_new_tokens
+    max_length = max_length if cache is None else cache.max_length
     if max_length is not None and needed > max_length:
         raise mixtral.CacheFullError(
             f"{needed - max_new_tokens} prompt tokens and {max_new_tokens} new ones exceed max_length = {max_length}"
         )
-    return _generate(ops, config, params, inputs, max_new_tokens, temperature, top_p, seed, max_length or needed)
+    return _generate(ops, config, params, inputs, max_new_tokens, temperature, top_p, seed, max_length or needed, cache)
 
 
 def _generate(
@@ -78,10 +81,12 @@ def _generate(
     top_p: float,
     seed: int | Uniform | None,
     max_length: int,
+    cache: mixtral.KVCache | None = None,
 ) -> Iterator[Int[Array, " B"]]:
     B = len(inputs.tokens)
     rng = np.random.default_rng(seed) if seed is None or isinstance(seed, int | np.integer) else seed
-    cache = mixtral.new_cache(ops, config, params, B, max_length)
+    if cache is None:
+        cache = mixtral.new_cache(ops, config, params, B, max_length)
     ended = np.zeros(B, bool)
     decoding: _Decoding | None = None
     ids: Int[Array, " B"] = np.empty(B, np.int64)

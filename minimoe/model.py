@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from minimoe import checkpoint, generate, mixtral
 from minimoe.arrays import BFLOAT16, to_host
 from minimoe.backends import Backend, make_backend
+from minimoe.chat import Conversation, Message
+from minimoe.checkpoint import download
 from minimoe.config import ConfigError, ModelConfig
 from minimoe.mixtral import KVCache
 from minimoe.params import Params, map_leaves, named, quantized, stack_experts
@@ -19,6 +21,7 @@ from minimoe.params import random as random_params
 from minimoe.placement import explained, placed
 from minimoe.shapes import Array, Routing
 from minimoe.tokenizer import Tokenizer
+from minimoe.tokenizer_json import tokenizer_of
 from minimoe.trace import Trace, record
 
 BUNDLED = Path(__file__).parent / "models"
@@ -44,6 +47,7 @@ class Model:
 
     def __init__(self, config: ModelConfig, params: Params, ops: Backend, tokenizer: Tokenizer | None = None) -> None:
         self.config, self.params, self.ops, self.tokenizer = config, params, ops, tokenizer
+        self._files = checkpoint.MappedFiles(params)
 
     def __repr__(self) -> str:
         c = self.config
@@ -96,6 +100,7 @@ class Model:
         ------
         TokenError, CacheFullError, ValueError
         """
+        self._files.check()
         tokens, mask, positions, single = _batched(tokens, mask, positions)
         inputs = mixtral.check_inputs(tokens, self.config.vocab_size, mask, positions, cache)
         choose = mixtral.choices(self.ops, self.config, inputs.tokens.size, routing, disabled_experts)
@@ -127,13 +132,12 @@ class Model:
         sequence that ends early is filled up with it).
         """
         tokens, mask, _, single = _batched(tokens, mask, None)
-        steps = list(
-            generate.generate_ids(
-                self.ops, self.config, self.params, tokens, mask=mask, max_new_tokens=max_new_tokens,
-                temperature=temperature, top_p=top_p, seed=seed,
-            )
+        steps = generate.generate_ids(
+            self.ops, self.config, self.params, tokens, mask=mask, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, seed=seed,
         )  # fmt: skip
-        ids = np.stack(steps, axis=1) if steps else np.zeros((len(tokens), 0), np.int64)  # (B, n)
+        new = list(self._files.checked(steps))
+        ids = np.stack(new, axis=1) if new else np.zeros((len(tokens), 0), np.int64)  # (B, n)
         return ids[0] if single else ids
 
     def generate(
@@ -154,8 +158,38 @@ class Model:
             self.ops, self.config, self.params, ids, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p, seed=seed,
         )  # fmt: skip
-        pieces = self._tokenizer().decode_stream((int(step[0]) for step in steps), continuing=bool(prompt))
+        new = (int(step[0]) for step in self._files.checked(steps))
+        pieces = self._tokenizer().decode_stream(new, continuing=bool(prompt))
         return pieces if stream else "".join(pieces)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stream: bool = False,
+    ) -> str | Iterator[str]:
+        """Answer a conversation in the template of Mixtral's first Instruct models (see `minimoe.chat`).
+
+        Everything is computed anew by each call; `conversation` keeps what was read before.
+
+        Parameters
+        ----------
+        messages : [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …], the last by the user
+        stream : return an iterator of the answer's pieces instead of its text
+
+        Raises
+        ------
+        ChatError
+            If the messages are not a conversation that the template has a form for.
+        """
+        return self.conversation().chat(messages, max_new_tokens, temperature, top_p, seed, stream)
+
+    def conversation(self) -> Conversation:
+        """Return a conversation: its `chat` is that of the model, and computes only what is new since its last call."""
+        return Conversation(self.ops, self.config, self.params, self._tokenizer(), self._files)
 
     def trace(self, text_or_ids: str | Any, *, mask: Any = None, only: str | Iterable[str] = "*") -> Trace:
         """Run a forward pass and return its named intermediates, in execution order.
@@ -171,6 +205,7 @@ class Model:
         TraceError
             If a pattern matches nothing, or the arrays would not fit into memory (it says how large they are).
         """
+        self._files.check()
         ids = self._tokenizer().encode(text_or_ids) if isinstance(text_or_ids, str) else text_or_ids
         ids, mask, _, _ = _batched(ids, mask, None)
         inputs = mixtral.check_inputs(ids, self.config.vocab_size, mask)
@@ -188,6 +223,7 @@ class Model:
         jitter_seed : draws router jitter where the config has it; None trains without
         """
         self._refuse_int8("trained")
+        self._files.check()
         tokens, mask, _, _ = _batched(tokens, mask, None)
         inputs = mixtral.check_inputs(tokens, self.config.vocab_size, mask)
         rng = None if jitter_seed is None else np.random.default_rng(jitter_seed)
@@ -198,6 +234,7 @@ class Model:
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face folder, atomically: what was there before stays whole until the new one is."""
         self._refuse_int8("saved")
+        self._files.check()
         checkpoint.save(
             folder,
             self.config,
@@ -211,38 +248,52 @@ class Model:
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError("this model has no tokenizer (its folder holds no tokenizer.model): use token ids")
+            raise ValueError("this model has no tokenizer (no tokenizer.model or .json in its folder): use token ids")
         return self.tokenizer
 
 
-def load(path: str | Path = "tiny", *, backend: str = "auto", dtype: Any = None) -> Model:
+def load(
+    path: str | Path = "tiny",
+    *,
+    backend: str = "auto",
+    dtype: Any = None,
+    mmap: bool = True,
+    tokenizer: str | Path | None = None,
+) -> Model:
     """Load a model.
 
     Parameters
     ----------
-    path : "tiny", the bundled trained model, or a checkpoint folder in Hugging Face layout
+    path : "tiny", the bundled trained model; or a checkpoint folder in Hugging Face layout; or
+        "hf:owner/name@revision", a model on the Hugging Face Hub (see `minimoe.checkpoint.download`)
     backend : {"numpy", "numba", "cuda", "auto"}
     dtype : {None, "float32", "float64", "bfloat16", "int8"}
         None keeps weights as they are stored (float16 becomes float32). "int8" stores the matrices of linear maps and
         experts with one scale per row (see `minimoe.quantized`), and leaves the others as they are stored.
+    mmap : bool
+        Whether weights are used where they lie in the files, mapped into memory. False reads them into memory: for
+        files that others may write to (which is noticed, but truncating one during a call ends the process).
+    tokenizer : a tokenizer.model or tokenizer.json, or "v1", Mixtral-8x7B's own, from the package mistral-common
+        None takes the folder's tokenizer.model, or else its tokenizer.json.
 
     Raises
     ------
     CheckpointError
-        If the folder is not a whole and valid checkpoint.
+        If the folder is not a whole and valid checkpoint; DownloadError, one of them, if it cannot be fetched.
     BackendError, ConfigError
         If there is no such backend here, or no such dtype.
     TokenizerError
-        If tokenizer.model is not a SentencePiece model.
+        If the tokenizer's file cannot be used, or is of another model.
     """
     ops = make_backend(backend)
+    if isinstance(path, str) and path.startswith(download.PREFIX):
+        path = download.fetch(path)
     folder = BUNDLED / path if isinstance(path, str) and path == "tiny" else Path(path)
     kind = None if dtype is None else as_dtype(dtype)
-    config, params = checkpoint.load_params(folder, dtype=None if kind == "int8" else kind)
+    config, params = checkpoint.load_params(folder, dtype=None if kind == "int8" else kind, mapped=mmap)
     params = quantized(params) if kind == "int8" else params
-    file = folder / "tokenizer.model"
-    tokenizer = Tokenizer(file) if file.exists() else None
-    return Model(config, params, ops, tokenizer).to(ops) if ops.xp is not np else Model(config, params, ops, tokenizer)
+    model = Model(config, params, ops, tokenizer_of(folder, config, tokenizer))
+    return model.to(ops) if ops.xp is not np else model
 
 
 def random(config: ModelConfig, seed: int = 0, *, backend: str = "auto", dtype: Any = None) -> Model:

@@ -1,4 +1,4 @@
-"""The command line: `minimoe demo | generate | route | eval | info | golden | train | bench`, or `python -m minimoe …`.
+"""The command line: `minimoe COMMAND …`, or `python -m minimoe COMMAND …`.
 
 One file per command, imported only when it is asked for. Whatever a user can get wrong ends as one line on stderr,
 `minimoe: error: …`, and exit status 2.
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 COMMANDS = {
     "demo": ("minimoe.cli.demo", "continue prompts with the bundled model, show their routing, check its logits"),
     "generate": ("minimoe.cli.generate", "continue a text"),
+    "chat": ("minimoe.cli.chat", "talk with a model made for it (Mixtral-Instruct)"),
     "route": ("minimoe.cli.route", "which expert gets how much of each text, layer by layer"),
     "eval": ("minimoe.cli.evaluate", "loss, perplexity and expert balance on text files"),
     "info": ("minimoe.cli.info", "sizes, memory and FLOPs of a model, from its headers; --verify reads all of it"),

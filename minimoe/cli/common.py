@@ -32,11 +32,18 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add --model and --backend."""
     parser.add_argument(
-        "--model", default="tiny", metavar="FOLDER", help="a Hugging Face folder; without it, the bundled model"
+        "--model",
+        default="tiny",
+        metavar="FOLDER",
+        help="a Hugging Face folder, or hf:owner/name@revision on the Hub; without it, the bundled model",
     )
     parser.add_argument(
         "--dtype", metavar="NAME",
         help="store weights as float32, float64, bfloat16, or int8 (linear maps and experts); default: as in the file",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="FILE",
+        help="a tokenizer.model or tokenizer.json, or v1 (Mixtral's own, of mistral-common); default: the folder's",
     )  # fmt: skip
     add_backend(parser)
 
@@ -54,7 +61,9 @@ def add_window(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> Model:
     """Load the model of --model on --backend, and say so if its loops must be compiled first."""
-    model = load(args.model, backend=args.backend, dtype=getattr(args, "dtype", None))
+    model = load(
+        args.model, backend=args.backend, dtype=getattr(args, "dtype", None), tokenizer=getattr(args, "tokenizer", None)
+    )
     if args.threads is not None:
         threads.use(args.threads, "--threads")
     if model.ops.name == "numba":
@@ -68,7 +77,9 @@ def load_model(args: argparse.Namespace) -> Model:
 def tokenizer_of(model: Model, folder: str) -> Tokenizer:
     """Return the model's tokenizer, or say that its folder has none."""
     if model.tokenizer is None:
-        raise ValueError(f"{folder}: there is no tokenizer.model in this folder, so it cannot read text")
+        raise ValueError(
+            f"{folder}: there is no tokenizer.model or tokenizer.json in this folder, so it cannot read text"
+        )
     return model.tokenizer
 
 
