@@ -74,7 +74,7 @@ def test_gradients_are_those_of_the_reference(cupy, seed):
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=["float32", "bfloat16"])
 def test_decoding_replays_one_graph_that_gives_what_eager_steps_give(cupy, dtype):
-    config, params, tokens, _ = drawn(3, B=None, dtype=dtype, sliding_window=5, num_experts=4, num_experts_per_token=2)
+    config, params, tokens, _ = drawn(3, dtype=dtype, sliding_window=5, num_experts=4, num_experts_per_token=2)
     ops, params = make_backend("cuda"), on_device(params, cupy)
     B, steps = len(tokens), 9
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (steps, B))

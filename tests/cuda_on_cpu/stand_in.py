@@ -210,14 +210,17 @@ def _check_matmul(inputs: Any) -> None:
 
 
 def _in_place(change: Any) -> None:
-    change()
-    if STATE.recording is not None:
+    """Change an array, or note that a graph will: what is captured does not run."""
+    if STATE.recording is None:
+        change()
+    else:
         STATE.recording.append(change)
 
 
 def _result(compute: Any, inputs: Any) -> Any:
     """Wrap what an operation returns: views stay views, everything else gets guarded memory of its own."""
-    result = compute()
+    with np.errstate(all="ignore" if STATE.recording is not None else None):  # captured: its inputs hold anything yet
+        result = compute()
     if isinstance(result, tuple | list):
         return type(result)(_result(lambda i=i: compute()[i], inputs) for i in range(len(result)))
     if not isinstance(result, np.ndarray | np.generic):
