@@ -13,7 +13,7 @@ typedef long long Index;
 
 #ifndef CUDA_ON_CPU // the tests compile the kernels for the processor too, with a header that has these words already
 
-constexpr unsigned ALL_LANES = 0xffffffffu;
+enum : unsigned { ALL_LANES = 0xffffffffu }; // not a constant, which a room without exchanges would be warned not to use
 
 // Memory of a block whose size the launcher gives (`shared=` bytes), aligned to 16 bytes.
 #define DYNAMIC_SHARED(T, name)                                                                                        \

@@ -1,0 +1,47 @@
+"""Rotary position embedding on the GPU (`kernels.cu`): one kernel for the table, one to turn and to turn back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float, Int
+
+from minimoe.arrays import xp_of
+from minimoe.cuda import c_type, contiguous, launch
+from minimoe.shapes import Array
+
+KERNELS = Path(__file__).with_name("kernels.cu")
+THREADS = 256
+
+
+def table(
+    positions: Int[Array, " N"], head_dim: int, theta: float, dtype: Any
+) -> tuple[Float[Array, "N c"], Float[Array, "N c"]]:
+    xp, N, c = xp_of(positions), len(positions), head_dim // 2
+    cos, sin = (xp.empty((N, c), dtype) for _ in range(2))
+    positions = contiguous(positions.astype(xp.int64, copy=False))
+    kernel = f"rope_table<{c_type(cos)}>"
+    launch(KERNELS, kernel, -(-N * c // THREADS), THREADS, [positions, float(theta), cos, sin, N, c])
+    return cos, sin
+
+
+def forward(x: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array, "N c"]) -> Float[Array, "N H C"]:
+    return _turned(x, cos, sin, 1.0)
+
+
+def backward(dy: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array, "N c"]) -> Float[Array, "N H C"]:
+    # forward: y = R(angle) x, and R(angle)ᵀ = R(-angle)
+    return _turned(dy, cos, sin, -1.0)
+
+
+def _turned(x: Array, cos: Array, sin: Array, direction: float) -> Array:
+    xp, (N, H, C) = xp_of(x), x.shape
+    x = contiguous(x)
+    y = xp.empty_like(x)
+    grid = (N, -(-H * C // 2 // THREADS))
+    launch(KERNELS, f"rope<{c_type(x)}>", grid, THREADS, [x, contiguous(cos), contiguous(sin), direction, y, H, C // 2])
+    return y
+
+
+INSTANCES = tuple(f"{name}<{real}>" for name in ("rope_table", "rope") for real in ("float", "double"))
