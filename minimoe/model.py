@@ -231,14 +231,18 @@ class Model:
             losses, grads, _ = mixtral.loss_and_grads(self.ops, self.config, self.params, inputs, jitter=rng)
             return losses.total, {name: to_host(g) for name, g in named(grads)}
 
-    def save(self, folder: str | Path) -> None:
-        """Write a Hugging Face folder, atomically: what was there before stays whole until the new one is."""
+    def save(self, folder: str | Path, *, layout: str = "hf") -> None:
+        """Write a checkpoint folder, atomically: what was there before stays whole until the new one is.
+
+        `layout` is "hf", which transformers reads, or "fused", "mistral" or "stacked".
+        """
         self._refuse_int8("saved")
         self._files.check()
         checkpoint.save(
             folder,
             self.config,
             map_leaves(self.params, to_host),
+            layout=layout,
             tokenizer_file=None if self.tokenizer is None else self.tokenizer.path,
         )
 
@@ -264,7 +268,7 @@ def load(
 
     Parameters
     ----------
-    path : "tiny", the bundled trained model; or a checkpoint folder in Hugging Face layout; or
+    path : "tiny", the bundled trained model; or a checkpoint folder, in any layout of `minimoe.checkpoint.layouts`; or
         "hf:owner/name@revision", a model on the Hugging Face Hub (see `minimoe.checkpoint.download`)
     backend : {"numpy", "numba", "cuda", "auto"}
     dtype : {None, "float32", "float64", "bfloat16", "int8"}

@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face's Mixtral, Mistral and Llama folders, read with care and written atomically.
+"""Checkpoints: Mixtral, Mistral and Llama folders in every layout, read with care and written atomically.
 
 >>> import tempfile
 >>> from minimoe.config import ModelConfig
@@ -18,6 +18,7 @@ from minimoe.checkpoint.errors import (
     CheckpointError,
     ConfigFileError,
     DamagedFileError,
+    LayoutError,
     MissingFileError,
     NotEnoughMemoryError,
     OutsideFolderError,
@@ -30,16 +31,16 @@ from minimoe.checkpoint.errors import (
 from minimoe.checkpoint.header import TensorInfo
 from minimoe.checkpoint.mapped import MappedFiles, memory_in_use
 from minimoe.checkpoint.memory import check_memory
-from minimoe.checkpoint.reading import Headers, headers, load_params, read_config
+from minimoe.checkpoint.reading import Headers, copied_bytes, headers, load_params, read_config
 from minimoe.checkpoint.tensors import load_tensors, save_tensors
 from minimoe.checkpoint.verifying import Problem, verify
 from minimoe.checkpoint.writing import TOKENIZER, TRAINING_STATE, save
 
 __all__ = [
-    "load_params", "read_config", "headers", "verify", "save", "check_memory", "memory_in_use",
+    "load_params", "read_config", "headers", "verify", "save", "check_memory", "memory_in_use", "copied_bytes",
     "write_folder_atomically", "save_tensors", "load_tensors",
     "Headers", "MappedFiles", "TensorInfo", "Problem", "TOKENIZER", "TRAINING_STATE",
-    "ChangedFileError", "CheckpointError", "ConfigFileError", "DamagedFileError", "MissingFileError",
+    "ChangedFileError", "CheckpointError", "ConfigFileError", "DamagedFileError", "LayoutError", "MissingFileError",
     "NotEnoughMemoryError", "OutsideFolderError", "SaveError", "ShardIndexError", "TensorMismatchError",
     "UnsafeFormatError", "UnsupportedTypeError",
 ]  # fmt: skip

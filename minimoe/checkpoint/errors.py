@@ -43,8 +43,12 @@ class ShardIndexError(CheckpointError):
     """An index and shards that contradict each other."""
 
 
+class LayoutError(CheckpointError):
+    """Weights of several layouts in one place, or of one that cannot hold them."""
+
+
 class ConfigFileError(CheckpointError, ConfigError):
-    """A config.json that describes no model of ours."""
+    """A config.json or params.json that describes no model of ours."""
 
 
 class NotEnoughMemoryError(CheckpointError, ConfigError):

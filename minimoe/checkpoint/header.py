@@ -9,16 +9,18 @@ no hole, nothing after the last. Source: https://github.com/huggingface/safetens
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
 from minimoe.arrays import BFLOAT16
 from minimoe.checkpoint import strict_json
 from minimoe.checkpoint.errors import DamagedFileError, UnsafeFormatError, UnsupportedTypeError, listed, shown
+from minimoe.shapes import Array
 
 WEIGHT_TYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16,
@@ -58,6 +60,24 @@ class TensorInfo:
     def aligned(self) -> bool:
         """Whether it may be used in place: its offset is a multiple of its element's size."""
         return self.offset % self.dtype.itemsize == 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether the file holds no elements of `dtype`, but what they are computed from."""
+        return False
+
+    @property
+    def kind(self) -> str:
+        """What its elements are called: the dtype, or the way they are packed."""
+        return str(self.dtype)
+
+    def values(self, raw: Array) -> Array:
+        """Return the array that its bytes in the file stand for."""
+        return raw.view(self.dtype).reshape(self.shape)
+
+    def piece(self, i: int, count: int, shape: tuple[int, ...]) -> Self:
+        """Return part number `i` of `count`, all of one size, as a tensor of its own."""
+        return dataclasses.replace(self, shape=shape, offset=self.offset + i * (self.nbytes // count))
 
 
 def read_header(

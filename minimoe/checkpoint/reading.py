@@ -6,7 +6,8 @@ and only a folder in which all of them agree is mapped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from minimoe.arrays import BFLOAT16
 from minimoe.checkpoint.folder import Folder, read_whole
 from minimoe.checkpoint.formats import CONFIG, config_from_hf
 from minimoe.checkpoint.header import TensorInfo
-from minimoe.checkpoint.matching import check_tied_head, match
+from minimoe.checkpoint.layouts import PARAMS, Layout
+from minimoe.checkpoint.matching import Placed, check_tied_head, match
 from minimoe.checkpoint.memory import require_memory
+from minimoe.checkpoint.params_json import config_from_params, refuse_disagreement
 from minimoe.checkpoint.shards import Shards, open_shards
-from minimoe.checkpoint.tensors import map_tensors
+from minimoe.checkpoint.tensors import MappedTensors
 from minimoe.config import ModelConfig
 from minimoe.params import Params, from_named
 from minimoe.shapes import Array
@@ -37,10 +40,12 @@ class Headers:
     ----------
     tensors : every tensor, in the order of the files; `TensorInfo.file` is its shard
     nbytes : bytes of all tensors
+    layout : how they are named and ordered
     """
 
     tensors: tuple[TensorInfo, ...]
     nbytes: int
+    layout: Layout
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -65,13 +70,13 @@ def headers(folder: str | Path) -> Headers:
 
     def read(opened: Folder) -> Headers:
         with open_shards(opened) as shards:
-            return Headers(tuple(shards.tensors.values()), shards.nbytes)
+            return Headers(tuple(shards.tensors.values()), shards.nbytes, shards.layout)
 
     return read_whole(folder, read)
 
 
 def load_params(folder: str | Path, dtype: Any = None, *, mapped: bool = True) -> tuple[ModelConfig, Params]:
-    """Open a checkpoint folder in Hugging Face's Mixtral, Mistral or Llama layout.
+    """Open a checkpoint folder in any of the layouts of `minimoe.checkpoint.layouts`.
 
     Parameters
     ----------
@@ -85,7 +90,9 @@ def load_params(folder: str | Path, dtype: Any = None, *, mapped: bool = True) -
     -------
     config : ModelConfig
     params : Params
-        Read-only views of the files where the type is kept: nothing is read before it is used.
+        Read-only views of the files where type and order of the values are kept: nothing is read before it is used.
+        Copied in any case are wq and wk of layouts with interleaved RoPE (1.3 GB of Mixtral-8x7B's 93 GB in bfloat16),
+        and w2 of the stacked layout (30 GB of them), which the loops need by rows: `convert` such a checkpoint once.
 
     Raises
     ------
@@ -97,31 +104,64 @@ def load_params(folder: str | Path, dtype: Any = None, *, mapped: bool = True) -
         raise ValueError(f"dtype must be None or one of {', '.join(map(str, _COMPUTABLE))}, not {kind}")
 
     def read(opened: Folder) -> tuple[ModelConfig, Params]:
-        config = config_of(opened)
-        with open_shards(opened) as shards:
-            placed = match(config, shards, str(opened.path))
-            _check_memory(placed.values(), kind, mapped, str(opened.path))
-            arrays = map_shards(shards, placed, str(opened.path))
-            check_tied_head(config, shards, arrays, str(opened.path))
-        return config, from_named(config, {name: _as(array, kind, mapped) for name, array in arrays.items()})
+        where = str(opened.path)
+        with open_checkpoint(opened) as (config, shards, placed):
+            _check_memory(placed.values(), kind, mapped, where)
+            files = MappedTensors(shards.files, where)
+            arrays = {name: _read(files, place, kind, mapped) for name, place in placed.items()}
+        files.warn()
+        return config, from_named(config, arrays)
 
     return read_whole(folder, read)
 
 
+@contextlib.contextmanager
+def open_checkpoint(opened: Folder) -> Iterator[tuple[ModelConfig, Shards, dict[str, Placed]]]:
+    """Read config and headers of an open folder, and find every parameter; all of it is checked, nothing is mapped."""
+    config, where = config_of(opened), str(opened.path)
+    with open_shards(opened) as shards:
+        placed = match(config, shards, where)
+        check_tied_head(config, shards, placed, where)
+        yield config, shards, placed
+
+
 def config_of(opened: Folder) -> ModelConfig:
-    """Read the config of an open folder."""
-    return config_from_hf(opened.read_json(CONFIG, _MAX_CONFIG), f"{opened.path}/{CONFIG}")
+    """Read the config of an open folder: config.json, params.json, or both if they agree."""
+    names = opened.names()
+    raw, where = {}, f"{opened.path}/{PARAMS}"
+    if PARAMS in names:
+        raw = opened.read_json(PARAMS, _MAX_CONFIG)
+        if CONFIG not in names:
+            return config_from_params(raw, where)
+    config = config_from_hf(opened.read_json(CONFIG, _MAX_CONFIG), f"{opened.path}/{CONFIG}")
+    if PARAMS in names:
+        refuse_disagreement(config, raw, where)
+    return config
 
 
-def map_shards(shards: Shards, placed: dict[str, TensorInfo], where: str) -> dict[str, Array]:
-    """Map every placed tensor: {our name: array}."""
-    arrays: dict[str, Array] = {}
-    for shard, file in shards.files.items():
-        mine = {ours: info for ours, info in placed.items() if info.file == shard}
-        if mine:
-            views = map_tensors(file, mine.values(), f"{where}/{shard}")
-            arrays |= {ours: views[info.name] for ours, info in mine.items()}
-    return arrays
+def copied_bytes(folder: str | Path) -> int:
+    """Bytes of memory that `load_params` takes for weights that it cannot use where they lie in the files."""
+
+    def read(opened: Folder) -> int:
+        with open_checkpoint(opened) as (_, _, placed):
+            return _copied(placed.values(), None, True)
+
+    return read_whole(folder, read)
+
+
+def _copied(placed: Iterable[Placed], kind: np.dtype[Any] | None, mapped: bool) -> int:
+    changed = [(place, _converted(place.info.dtype, kind)) for place in placed]
+    return sum(
+        place.info.size * new.itemsize
+        for place, new in changed
+        if not mapped or not place.in_place or new != place.info.dtype
+    )
+
+
+def _check_memory(placed: Collection[Placed], kind: np.dtype[Any] | None, mapped: bool, where: str) -> None:
+    """Refuse what does not fit, and say what would, where it is the order of the values that asks for memory."""
+    remedy = "" if all(place.form.plain for place in placed) else " (minimoe convert writes them as they are used)"
+    require_memory(_copied(placed, kind, mapped), f"{where}: the weights that are converted or copied{remedy}")
 
 
 def _converted(stored: np.dtype[Any], kind: np.dtype[Any] | None) -> np.dtype[Any]:
@@ -130,11 +170,6 @@ def _converted(stored: np.dtype[Any], kind: np.dtype[Any] | None) -> np.dtype[An
     return np.dtype(np.float32) if stored == np.float16 else stored
 
 
-def _check_memory(infos: Iterable[TensorInfo], kind: np.dtype[Any] | None, mapped: bool, where: str) -> None:
-    changed = [(info, _converted(info.dtype, kind)) for info in infos]
-    size = sum(info.size * new.itemsize for info, new in changed if not mapped or new != info.dtype)
-    require_memory(size, f"{where}: the weights that are converted or copied")
-
-
-def _as(array: Array, kind: np.dtype[Any] | None, mapped: bool) -> Array:
-    return array.astype(_converted(array.dtype, kind), copy=not mapped)
+def _read(files: MappedTensors, place: Placed, kind: np.dtype[Any] | None, mapped: bool) -> Array:
+    array = place.form.read(files[place.info])
+    return array.astype(_converted(array.dtype, kind), copy=not mapped and place.in_place)

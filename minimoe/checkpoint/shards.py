@@ -1,4 +1,8 @@
-"""The weight files of a folder: one `model.safetensors`, or shards and the index that says which tensor is where."""
+"""The weight files of a folder: a single one, or shards and the index that says which tensor is where.
+
+Hugging Face's begin with `model`, Mistral's with `consolidated`; the latter may lack the index, since each file holds
+whole tensors, and then may be called `consolidated.00.safetensors` and so on.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,24 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
-from minimoe.checkpoint.errors import MissingFileError, ShardIndexError, UnsafeFormatError, listed, shown
+from minimoe.checkpoint.errors import (
+    LayoutError,
+    MissingFileError,
+    ShardIndexError,
+    UnsafeFormatError,
+    listed,
+    shown,
+)
 from minimoe.checkpoint.folder import PICKLES, Folder
 from minimoe.checkpoint.header import TensorInfo, read_header
+from minimoe.checkpoint.layouts import Layout, recognise
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SINGLE, INDEX = "{}.safetensors", "{}.safetensors.index.json"  # of a stem
+STEMS = ("model", "consolidated")
+SHARD = re.compile(r"(?:model|consolidated)-(\d{5})-of-(\d{5})\.safetensors")
+NUMBERED = re.compile(r"consolidated\.(\d\d)\.safetensors")
 _MAX_INDEX = 20_000_000  # bytes
 _MAX_SHARDS = 1000
 
@@ -24,6 +38,7 @@ class Shards:
 
     files: dict[str, BinaryIO]
     tensors: dict[str, TensorInfo]
+    layout: Layout
 
     @property
     def nbytes(self) -> int:
@@ -33,20 +48,22 @@ class Shards:
 
 @contextlib.contextmanager
 def open_shards(folder: Folder) -> Iterator[Shards]:
-    """Open the weight files of a folder and check their headers against each other and the index.
+    """Open the weight files of a folder, check their headers against each other and the index, recognise the layout.
 
     Raises
     ------
     CheckpointError
-        If a file is missing, damaged or unsafe, a tensor is in two shards, or the index says other than the shards.
+        If a file is missing, damaged or unsafe, a tensor is in two shards, the index says other than the shards, or
+        the tensors are of several layouts.
     """
     names = folder.names()
-    if SINGLE not in names and INDEX not in names:
-        _refuse(folder, names)
-    weight_map = _read_index(folder) if INDEX in names else None
-    shards = [SINGLE] if weight_map is None else sorted(set(weight_map.values()))
-    if weight_map is not None and SINGLE in names and shards != [SINGLE]:
-        raise ShardIndexError(f"{folder.path}: holds both {SINGLE} and {INDEX} with other shards: remove the stale one")
+    stem = _stem(folder, names)
+    single, index = SINGLE.format(stem), INDEX.format(stem)
+    weight_map = _read_index(folder, index) if index in names else None
+    shards = (_numbered(names) or [single]) if weight_map is None else sorted(set(weight_map.values()))
+    if single in names and shards != [single]:
+        others = f"{index} with other shards" if weight_map is not None else shards[0]
+        raise ShardIndexError(f"{folder.path}: holds both {single} and {others}: remove the stale one")
     if missing := [name for name in shards if name not in names]:
         raise MissingFileError(f"{folder.path}: {len(missing)} of {len(shards)} shards are missing: {listed(missing)}")
     with contextlib.ExitStack() as stack:
@@ -54,11 +71,40 @@ def open_shards(folder: Folder) -> Iterator[Shards]:
         headers = {name: read_header(file, name, f"{folder.path}/{name}") for name, file in files.items()}
         tensors = _join(folder, headers)
         if weight_map is not None:
-            _compare_with_index(folder, weight_map, tensors)
-        yield Shards(files, tensors)
+            _compare_with_index(folder, index, weight_map, tensors)
+        yield Shards(files, tensors, recognise(tensors, str(folder.path)))
 
 
-def _refuse(folder: Folder, names: list[str]) -> None:
+def _stem(folder: Folder, names: list[str]) -> str:
+    """How the names of the weight files begin."""
+    found = {stem: [n for n in (SINGLE.format(stem), INDEX.format(stem)) if n in names] for stem in STEMS}
+    found["consolidated"] = found["consolidated"] or [name for name in names if _is_numbered(name)]
+    there = [stem for stem in STEMS if found[stem]]
+    if not there:
+        _refuse(folder, names)
+    if len(there) > 1:
+        raise LayoutError(
+            f"{folder.path}: holds weights in two layouts, {found[there[0]][0]} and {found[there[1]][0]}: "
+            "keep one of them in this folder"
+        )
+    return there[0]
+
+
+def _is_numbered(name: str) -> bool:
+    return NUMBERED.fullmatch(name) is not None or (SHARD.fullmatch(name) is not None and name.startswith("cons"))
+
+
+def _numbered(names: list[str]) -> list[str]:
+    """Mistral's shards without an index, those too that their numbers say should be there."""
+    given = [match for name in names if (match := NUMBERED.fullmatch(name))]
+    counted = [match for name in names if _is_numbered(name) and (match := SHARD.fullmatch(name))]
+    wanted = {f"consolidated.{i:02d}.safetensors" for i in range(1 + max((int(m[1]) for m in given), default=-1))}
+    for total in {int(match[2]) for match in counted}:
+        wanted |= {f"consolidated-{i:05d}-of-{total:05d}.safetensors" for i in range(1, 1 + min(total, _MAX_SHARDS))}
+    return sorted(wanted)
+
+
+def _refuse(folder: Folder, names: list[str]) -> NoReturn:
     """Say why a folder without weights of ours has none."""
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         raise UnsafeFormatError(
@@ -67,12 +113,13 @@ def _refuse(folder: Folder, names: list[str]) -> None:
         )
     others = [name for name in names if name.endswith((".safetensors", ".gguf", ".npz"))]
     found = f"; found {listed(others, 4)}" if others else ""
-    raise MissingFileError(f"{folder.path}: there is no {SINGLE} and no {INDEX}{found}")
+    wanted = ", ".join(form.format(stem) for stem in STEMS for form in (SINGLE, INDEX))
+    raise MissingFileError(f"{folder.path}: there is none of {wanted}{found}")
 
 
-def _read_index(folder: Folder) -> dict[str, str]:
-    where = f"{folder.path}/{INDEX}"
-    weight_map: Any = folder.read_json(INDEX, _MAX_INDEX).get("weight_map")
+def _read_index(folder: Folder, index: str) -> dict[str, str]:
+    where = f"{folder.path}/{index}"
+    weight_map: Any = folder.read_json(index, _MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ShardIndexError(f"{where}: weight_map must be an object that gives each tensor's shard")
     for tensor, shard in weight_map.items():
@@ -101,7 +148,7 @@ def _join(folder: Folder, headers: dict[str, dict[str, TensorInfo]]) -> dict[str
     return tensors
 
 
-def _compare_with_index(folder: Folder, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+def _compare_with_index(folder: Folder, index: str, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
     absent = [f"{name} (not in {shard})" for name, shard in weight_map.items() if name not in tensors]
     unlisted = [f"{name} (in {info.file})" for name, info in tensors.items() if name not in weight_map]
     elsewhere = [
@@ -112,4 +159,4 @@ def _compare_with_index(folder: Folder, weight_map: dict[str, str], tensors: dic
     kinds = {"missing": absent, "not in the index": unlisted, "in another shard": elsewhere}
     wrong = "; ".join(f"{kind} ({len(found)}): {listed(found)}" for kind, found in kinds.items() if found)
     if wrong:
-        raise ShardIndexError(f"{folder.path}/{INDEX}: does not describe its shards: tensors {wrong}")
+        raise ShardIndexError(f"{folder.path}/{index}: does not describe its shards: tensors {wrong}")

@@ -8,9 +8,11 @@ written here with that library, and the reverse.
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,23 +28,40 @@ _ALIGNMENT = 64  # of the data's start in the file: a cache line, and the widest
 _NAMES = {dtype: name for name, dtype in ALL_TYPES.items()}
 
 
-def map_tensors(file: BinaryIO, infos: Iterable[TensorInfo], where: str) -> dict[str, Array]:
-    """Map tensors of one open file; they stay valid when it is closed, renamed or deleted.
+class MappedTensors:
+    """Tensors of open files, mapped where they lie; they stay valid when a file is closed, renamed or deleted.
 
-    The arrays are read-only views of one private mapping: nothing is read until it is used, and pages that are not in
-    use may be dropped by the system at any time. A tensor that is not aligned is copied, with a warning. (A file that
-    is truncated *in place* while it is mapped ends the process with SIGBUS; `save` never does that.)
+    `mapped[info]` is a read-only view of a file's one private mapping: nothing is read until it is used, and pages that
+    are not in use may be dropped by the system at any time. A tensor that is not aligned is copied, and so is one that
+    is computed from what the file holds. (A file that is truncated *in place* while it is mapped ends the process with
+    SIGBUS; `save` never does that.)
+
+    Parameters
+    ----------
+    files : {name: open file}
+    where : their folder, for messages
     """
-    data = np.frombuffer(map_file(file, where), np.uint8)
-    arrays, copied = {}, 0
-    for info in infos:
-        piece = data[info.offset : info.offset + info.nbytes]
+
+    def __init__(self, files: Mapping[str, BinaryIO], where: str) -> None:
+        self._files, self._where = files, where
+        self._data: dict[str, Array] = {}
+        self._unaligned: dict[str, int] = {}
+
+    def __getitem__(self, info: TensorInfo) -> Array:
+        if info.file not in self._data:
+            mapping = map_file(self._files[info.file], f"{self._where}/{info.file}")
+            self._data[info.file] = np.frombuffer(mapping, np.uint8)
+        piece = self._data[info.file][info.offset : info.offset + info.nbytes]
         if not info.aligned:
-            piece, copied = piece.copy(), copied + info.nbytes
-        arrays[info.name] = piece.view(info.dtype).reshape(info.shape)
-    if copied:
-        warnings.warn(f"{where}: {gigabytes(copied)} of unaligned tensors are copied, not mapped", stacklevel=2)
-    return arrays
+            piece = piece.copy()
+            self._unaligned[info.file] = self._unaligned.get(info.file, 0) + info.nbytes
+        return info.values(piece)
+
+    def warn(self) -> None:
+        """Warn of the unaligned tensors there were."""
+        for file, copied in self._unaligned.items():
+            message = f"{self._where}/{file}: {gigabytes(copied)} of unaligned tensors are copied, not mapped"
+            warnings.warn(message, stacklevel=3)
 
 
 def load_tensors(path: str | Path) -> dict[str, Array]:
@@ -74,6 +93,20 @@ def read_elements(file: BinaryIO, info: TensorInfo, start: int, count: int) -> A
     return np.frombuffer(data, info.dtype)
 
 
+@dataclass(frozen=True)
+class Outgoing:
+    """A tensor to write: type and shape are known at once, its values, in one piece or several, when they are due."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Array]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def save_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> None:
     """Write arrays to a safetensors file, and make sure they have reached the disk.
 
@@ -91,26 +124,46 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Array], metadata: Mappi
     SaveError
         If the format has no name for an array's dtype.
     """
+    write_tensors(path, {name: _whole(array) for name, array in tensors.items()}, metadata)
+
+
+def _whole(array: Array) -> Outgoing:
+    return Outgoing(array.dtype, array.shape, lambda: [array])
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Outgoing],
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda written: None,
+) -> None:
+    """Do what `save_tensors` does, with values that are asked for one piece at a time.
+
+    `progress` is called with the bytes of every piece written.
+    """
     order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)  # stable
     with Path(path).open("wb") as file:
         file.write(_header(order, metadata, path))
-        for _, array in order:
-            # ascontiguousarray, because a transposed view's memory is not in the order that the header promises
-            file.write(np.ascontiguousarray(to_host(array)).reshape(-1).view(np.uint8).data)
+        for _, tensor in order:
+            for piece in tensor.pieces():
+                # ascontiguousarray, because a transposed view's memory is not in the order that the header promises
+                data = np.ascontiguousarray(to_host(piece)).reshape(-1).view(np.uint8).data
+                file.write(data)
+                progress(len(data))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _header(order: list[tuple[str, Array]], metadata: Mapping[str, str] | None, path: str | Path) -> bytes:
+def _header(order: list[tuple[str, Outgoing]], metadata: Mapping[str, str] | None, path: str | Path) -> bytes:
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     begin = 0
-    for name, array in order:
-        if array.dtype not in _NAMES:
-            raise SaveError(f"{path}: tensor {name} is {array.dtype}; safetensors takes {', '.join(ALL_TYPES)}")
+    for name, tensor in order:
+        if tensor.dtype not in _NAMES:
+            raise SaveError(f"{path}: tensor {name} is {tensor.dtype}; safetensors takes {', '.join(ALL_TYPES)}")
         entries[name] = {
-            "dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, begin + array.nbytes],
+            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, begin + tensor.nbytes],
         }  # fmt: skip
-        begin += array.nbytes
+        begin += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text

@@ -11,9 +11,7 @@ import numpy as np
 from minimoe.checkpoint.errors import shown
 from minimoe.checkpoint.folder import Folder, read_whole
 from minimoe.checkpoint.header import TensorInfo
-from minimoe.checkpoint.matching import check_tied_head, match
-from minimoe.checkpoint.reading import config_of, map_shards
-from minimoe.checkpoint.shards import open_shards
+from minimoe.checkpoint.reading import open_checkpoint
 from minimoe.checkpoint.tensors import read_elements
 from minimoe.shapes import Array
 
@@ -64,10 +62,7 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] = lambda don
     """
 
     def read(opened: Folder) -> list[Problem]:
-        with open_shards(opened) as shards:
-            config, where = config_of(opened), str(opened.path)
-            placed = match(config, shards, where)
-            check_tied_head(config, shards, map_shards(shards, placed, where), where)
+        with open_checkpoint(opened) as (_, shards, _):
             problems: list[Problem] = []
             done = 0
             for info in shards.tensors.values():

@@ -1,28 +1,51 @@
-"""Write a checkpoint folder in Hugging Face's layout, atomically (see `atomic`)."""
+"""Write a checkpoint folder in one of the layouts, atomically (see `atomic`), one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from minimoe.checkpoint.atomic import write_folder_atomically
-from minimoe.checkpoint.errors import Differences, SaveError, TensorMismatchError
-from minimoe.checkpoint.formats import CONFIG, config_to_hf, hf_name
+from minimoe.checkpoint.errors import Differences, LayoutError, SaveError, TensorMismatchError, gigabytes, shown
+from minimoe.checkpoint.formats import CONFIG, config_to_hf
 from minimoe.checkpoint.header import WEIGHT_TYPES
-from minimoe.checkpoint.shards import INDEX, SHARD, SINGLE
-from minimoe.checkpoint.tensors import save_tensors
+from minimoe.checkpoint.layouts import LAYOUTS, PARAMS, Layout, Stored
+from minimoe.checkpoint.params_json import config_to_params
+from minimoe.checkpoint.shards import INDEX, NUMBERED, SHARD, SINGLE, STEMS
+from minimoe.checkpoint.tensors import Outgoing, write_tensors
 from minimoe.config import ModelConfig
 from minimoe.params import Params, named, shapes
 from minimoe.shapes import Array
 
 TOKENIZER = "tokenizer.model"
 TRAINING_STATE = "training_state"  # files with this stem belong to a checkpoint, and go with it
+SHARD_BYTES = 5_000_000_000
+_WEIGHTS = [form.format(stem) for form in (SINGLE, INDEX) for stem in STEMS]
 _OURS = re.compile(
-    "|".join([*map(re.escape, (CONFIG, SINGLE, INDEX, TOKENIZER)), SHARD.pattern, rf"{TRAINING_STATE}\..*"])
-)
+    "|".join(
+        [
+            *map(re.escape, (CONFIG, PARAMS, TOKENIZER, *_WEIGHTS)), SHARD.pattern, NUMBERED.pattern,
+            rf"{TRAINING_STATE}\..*",
+        ]
+    )
+)  # fmt: skip
+Progress = Callable[[int, int], None]  # bytes written so far, and those there are
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter to write: its type is known at once, its values when they are due."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    values: Callable[[], Array]
 
 
 def save(
@@ -30,9 +53,10 @@ def save(
     config: ModelConfig,
     params: Params,
     *,
+    layout: str = "hf",
     tokenizer_file: str | Path | None = None,
     also: Callable[[Path], None] | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a folder that `load_params`, and transformers, can read; the old one stays whole until it is replaced.
 
@@ -43,6 +67,8 @@ def save(
         and training state are replaced as one set (what is not written now is gone); all other files are kept.
     config, params
         Every tensor is written in its own type: float32, float64, bfloat16 or float16. Only one at a time is copied.
+    layout : {"hf", "fused", "mistral", "stacked"}
+        See `minimoe.checkpoint.layouts`; transformers reads "hf".
     tokenizer_file : path or None
         Copied as tokenizer.model.
     also : called with the new folder before it takes its place, to write more files into it
@@ -56,58 +82,132 @@ def save(
     TensorMismatchError
         If `params` are not those of `config`.
     """
-    tensors = _tensors(config, params, str(folder))
 
-    def write(new: Path) -> None:
-        text = json.dumps(config_to_hf(config, params.dtype), indent=2, allow_nan=False)
-        (new / CONFIG).write_text(text + "\n", encoding="utf-8")
-        _write_weights(new, tensors, max_shard_bytes)
+    def more(new: Path) -> None:
         if tokenizer_file is not None:
             shutil.copyfile(tokenizer_file, new / TOKENIZER)
         if also is not None:
             also(new)
 
+    parameters = {name: _in_memory(array) for name, array in named(params)}
+    write_checkpoint(folder, config, parameters, layout=layout, also=more, max_shard_bytes=max_shard_bytes)
+
+
+def _in_memory(array: Array) -> Parameter:
+    return Parameter(array.dtype, array.shape, lambda: array)
+
+
+def write_checkpoint(
+    folder: str | Path,
+    config: ModelConfig,
+    parameters: Mapping[str, Parameter],
+    *,
+    layout: str,
+    also: Callable[[Path], None],
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Do what `save` does, with parameters whose values are asked for one after the other."""
+    chosen = layout_of(layout)
+    _check(config, parameters, str(folder))
+    tensors = {stored.name: _outgoing(stored, parameters, str(folder)) for stored in chosen.tensors(config)}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _check_space(Path(folder), total)
+    done = 0
+
+    def written(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    def write(new: Path) -> None:
+        dtype = parameters["tok_embeddings"].dtype
+        raw = config_to_params(config) if chosen.config == PARAMS else config_to_hf(config, dtype)
+        (new / chosen.config).write_text(json.dumps(raw, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        _write_weights(new, chosen, tensors, max_shard_bytes, written)
+        also(new)
+
     write_folder_atomically(folder, write, keep=lambda name: _OURS.fullmatch(name) is None)
 
 
-def _tensors(config: ModelConfig, params: Params, where: str) -> dict[str, Array]:
-    """Hugging Face's name and the array of every parameter, checked against the config."""
-    arrays, expected, wrong = dict(named(params)), shapes(config), Differences()
-    wrong.missing.extend(name for name in expected if name not in arrays)
-    wrong.extra.extend(name for name in arrays if name not in expected)
-    for name, array in arrays.items():
-        if name in expected and array.shape != expected[name]:
-            wrong.misshapen.append(f"{name} is {array.shape}, should be {expected[name]}")
-        if array.dtype not in WEIGHT_TYPES.values():
-            raise SaveError(f"{where}: {name} is {array.dtype}; weights are saved as {', '.join(WEIGHT_TYPES)}")
+def layout_of(name: str) -> Layout:
+    """Return the layout called so.
+
+    Raises
+    ------
+    LayoutError
+        If there is none that can be written.
+    """
+    if name not in LAYOUTS:
+        raise LayoutError(f"unknown layout {shown(name)}; those that are written are {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def _check(config: ModelConfig, parameters: Mapping[str, Parameter], where: str) -> None:
+    """Refuse parameters that are not those of the config, or of a type that is not saved."""
+    expected, wrong = shapes(config), Differences()
+    wrong.missing.extend(name for name in expected if name not in parameters)
+    wrong.extra.extend(name for name in parameters if name not in expected)
+    for name, parameter in parameters.items():
+        if name in expected and parameter.shape != expected[name]:
+            wrong.misshapen.append(f"{name} is {parameter.shape}, should be {expected[name]}")
+        if parameter.dtype not in WEIGHT_TYPES.values():
+            raise SaveError(f"{where}: {name} is {parameter.dtype}; weights are saved as {', '.join(WEIGHT_TYPES)}")
     if wrong:
         raise TensorMismatchError(f"{where}: not saved", wrong)
-    return {hf_name(name): array for name, array in arrays.items()}
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, Array], max_shard_bytes: int) -> None:
+def _check_space(folder: Path, size: int) -> None:
+    """Refuse to begin what the disk has no room for."""
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if size > (free := shutil.disk_usage(existing).free):
+        raise SaveError(f"{folder}: cannot be saved: the weights take {gigabytes(size)}; {gigabytes(free)} are free")
+
+
+def _outgoing(stored: Stored, parameters: Mapping[str, Parameter], where: str) -> Outgoing:
+    """A tensor of the layout, whose pieces are made as they are written."""
+    parts = [parameters[ours] for ours in stored.parts]
+    if len(types := {part.dtype for part in parts}) > 1:
+        raise SaveError(
+            f"{where}: {stored.name} would hold {' and '.join(sorted(map(str, types)))}: choose one type for all"
+        )
+
+    def pieces() -> Iterator[Array]:
+        for part in parts:
+            yield stored.form.written(part.values())
+
+    return Outgoing(parts[0].dtype, stored.shape, pieces)
+
+
+def _write_weights(
+    folder: Path,
+    layout: Layout,
+    tensors: Mapping[str, Outgoing],
+    max_shard_bytes: int,
+    written: Callable[[int], None],
+) -> None:
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
-        save_tensors(folder / SINGLE, tensors, {"format": "pt"})
+        write_tensors(folder / SINGLE.format(layout.stem), tensors, {"format": "pt"}, written)
         return
     weight_map = {}
     for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors(folder / name, {key: tensors[key] for key in shard}, {"format": "pt"})
+        name = f"{layout.stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(folder / name, {key: tensors[key] for key in shard}, {"format": "pt"}, written)
         weight_map.update(dict.fromkeys(shard, name))
-    total = sum(array.nbytes for array in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX.format(layout.stem)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _split(tensors: Mapping[str, Array], max_shard_bytes: int) -> list[list[str]]:
+def _split(tensors: Mapping[str, Outgoing], max_shard_bytes: int) -> list[list[str]]:
     """Names per shard, in order; a shard is closed before the tensor that would not fit."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, array in tensors.items():
-        if shards[-1] and size + array.nbytes > max_shard_bytes:
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += array.nbytes
+        size += tensor.nbytes
     return shards

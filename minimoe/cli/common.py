@@ -35,7 +35,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="tiny",
         metavar="FOLDER",
-        help="a Hugging Face folder, or hf:owner/name@revision on the Hub; without it, the bundled model",
+        help="a checkpoint folder, or hf:owner/name@revision on the Hub; without it, the bundled model",
     )
     parser.add_argument(
         "--dtype", metavar="NAME",

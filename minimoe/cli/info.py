@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 
 from minimoe import checkpoint
 from minimoe.backends import DIALECT_FILES, BackendError, make_backend
+from minimoe.checkpoint.layouts import LAYOUTS
 from minimoe.cli.common import add_json, print_json, table
 from minimoe.config import ModelConfig, preset
 from minimoe.model import BUNDLED
@@ -19,7 +21,7 @@ from minimoe.model import BUNDLED
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `minimoe info`."""
-    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="a Hugging Face folder; none: the bundled model")
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="a checkpoint; none: the bundled model")
     parser.add_argument("--preset", metavar="NAME", help="the sizes of a known model, instead of a folder")
     parser.add_argument("--context", type=int, default=1, metavar="TOKENS", help="keys each token sees (default 1)")
     parser.add_argument("--verify", action="store_true", help="read every tensor; exit 1 if any holds NaN or Inf")
@@ -63,11 +65,13 @@ def _folder(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """What the files of a folder say; every tensor is read only with --verify."""
     config, headers = checkpoint.read_config(folder), checkpoint.headers(folder)
     files = sorted({info.file for info in headers.tensors})
-    types = Counter(str(info.dtype) for info in headers.tensors)
-    keys = next((info.dtype for info in headers.tensors if ".k_proj." in info.name), None)
+    types = Counter(info.kind for info in headers.tensors)
+    name = headers.layout.name_of("layers.0.attention.wk")
+    keys = next((info.dtype for info in headers.tensors if info.name == name), None)
     kv_itemsize = 2 if str(keys) == "bfloat16" else 8 if str(keys) == "float64" else 4  # float16 is widened
     facts: dict[str, Any] = {
         "folder": str(folder),
+        "layout": headers.layout.name,
         "files": files,
         "bytes_on_disk": sum((folder / file).stat().st_size for file in files),
         "tensors": len(headers.tensors),
@@ -75,6 +79,8 @@ def _folder(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "tokenizer": (folder / checkpoint.TOKENIZER).exists(),
         "stored_parameters": sum(info.size for info in headers.tensors),
     }
+    with contextlib.suppress(checkpoint.TensorMismatchError):  # which --verify reports
+        facts["copied_bytes"] = checkpoint.copied_bytes(folder)
     if args.verify:
         facts["problems"] = _verify(folder, headers.nbytes)
     return facts | _sizes(config, args.context, kv_itemsize)
@@ -120,16 +126,19 @@ def _model_lines(facts: dict[str, Any]) -> str:
     rows = []
     if "folder" in facts:
         kind = "dense (Mistral or Llama)" if config.dense else "Mixtral"
+        title = LAYOUTS[facts["layout"]].title
         stored = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in facts["dtypes"].items())
         rows += [
             ("folder", facts["folder"]),
-            ("layout", f"Hugging Face, {kind}, {len(facts['files'])} weight file" + "s" * (len(facts["files"]) > 1)),
+            ("layout", f"{title}, {kind}, {len(facts['files'])} weight file" + "s" * (len(facts["files"]) > 1)),
             ("stored as", stored),
             ("on disk", f"{show(facts['bytes_on_disk'])} bytes"),
             ("tokenizer", "tokenizer.model" if facts["tokenizer"] else "none"),
         ]
     else:
         rows.append(("preset", facts["preset"]))
+    if facts.get("copied_bytes"):
+        rows.append(("copied", f"{show(facts['copied_bytes'])} bytes of memory, for weights not used where they lie"))
     share = 100 * facts["active_parameters"] / facts["parameters"]
     rows += [
         ("sizes", _letters(config)),

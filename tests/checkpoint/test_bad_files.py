@@ -90,8 +90,8 @@ def test_a_pickle_is_never_opened(tmp_path: Path, name: str) -> None:
 
 
 def test_a_folder_without_weights_names_what_it_found(single: Path) -> None:
-    (single / SINGLE).rename(single / "consolidated.safetensors")
-    refused(single, checkpoint.MissingFileError, SINGLE, INDEX, "found consolidated.safetensors")
+    (single / SINGLE).rename(single / "weights.safetensors")
+    refused(single, checkpoint.MissingFileError, SINGLE, INDEX, "consolidated.safetensors", "found weights.safetensors")
 
 
 def test_a_folder_that_is_not_readable(tmp_path: Path) -> None:
