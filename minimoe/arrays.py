@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -83,6 +83,18 @@ def _line(error: Exception) -> str:
 def to_host(x: Array) -> Array:
     """Return `x` as a NumPy array, copied from the device if it lies there."""
     return x.get() if xp_of(x) is not np else x
+
+
+def numbers(*scalars: Scalar) -> list[float]:
+    """Return scalars as floats; those that lie on a device are read together, so that it is waited for once."""
+    there = [i for i, x in enumerate(scalars) if xp_of(x) is not np]
+    found: list[Any] = list(scalars)
+    if there:
+        xp = xp_of(found[there[0]])
+        read = to_host(xp.stack([found[i].astype(np.float64, copy=False) for i in there]))
+        for i, x in zip(there, read, strict=True):
+            found[i] = x
+    return [float(x) for x in found]
 
 
 def overwrite(x: Array, values: Array) -> None:

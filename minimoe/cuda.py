@@ -99,6 +99,16 @@ def contiguous(x: Array) -> Array:
     return xp_of(x).ascontiguousarray(x)
 
 
+def int64(x: Array) -> Array:
+    """Return ids, as a kernel takes them: contiguous, `Index` in C++."""
+    return contiguous(x.astype(np.int64, copy=False))
+
+
+def threads(size: int) -> int:
+    """Threads of a block that share `size` numbers: about four each, whole warps, at most 1024."""
+    return min(1024, 32 * max(1, -(-size // 128)))
+
+
 def rounded(x: Array) -> Array:
     """Return `x` stored in bfloat16."""
     return x if is_bfloat16(x) else x.astype(BFLOAT16)

@@ -24,7 +24,7 @@ from minimoe.config import ModelConfig
 from minimoe.inputs import Inputs, TokenError, check_inputs, choices, next_tokens
 from minimoe.layers import Batch, Choice, Routed
 from minimoe.params import Params
-from minimoe.shapes import Array, Routing
+from minimoe.shapes import Array, Routing, Scalar
 
 # What a caller of the decoder needs besides it.
 __all__ = [
@@ -94,11 +94,14 @@ def _logits(
 
 @dataclass(frozen=True)
 class Losses:
-    """The parts of the training loss: total = cross_entropy + balance_coefficient · balance, in nats."""
+    """The parts of the training loss: total = cross_entropy + balance_coefficient · balance, in nats.
 
-    total: float
-    cross_entropy: float
-    balance: float
+    On a device they may still be computed: `arrays.numbers` waits for them.
+    """
+
+    total: Scalar
+    cross_entropy: Scalar
+    balance: Scalar
 
 
 def loss_and_grads(
@@ -206,7 +209,7 @@ def _blocks(
 
 def _balance(
     ops: Backend, config: ModelConfig, routed: Sequence[Routed], active: Array | None
-) -> tuple[float, Float[Array, "L N E"] | None]:
+) -> tuple[Scalar, Float[Array, "L N E"] | None]:
     """The balance loss and its gradient, scaled by the coefficient; none in a dense model."""
     routing = collect_routing(ops, routed)
     if routing is None:

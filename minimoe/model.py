@@ -229,7 +229,7 @@ class Model:
         rng = None if jitter_seed is None else np.random.default_rng(jitter_seed)
         with explained(self.ops):
             losses, grads, _ = mixtral.loss_and_grads(self.ops, self.config, self.params, inputs, jitter=rng)
-            return losses.total, {name: to_host(g) for name, g in named(grads)}
+            return float(losses.total), {name: to_host(g) for name, g in named(grads)}
 
     def save(self, folder: str | Path, *, layout: str = "hf") -> None:
         """Write a checkpoint folder, atomically: what was there before stays whole until the new one is.

@@ -33,9 +33,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
+from jaxtyping import Float
 
 # A NumPy or a CuPy array. Both follow the same interface; jaxtyping checks shape and dtype on either.
 Array: TypeAlias = Any
+
+# A number that an op adds up: a float on the host; on a device an array of no dimensions, and reading it (`float`, or
+# `arrays.numbers` for several) waits until the device has come so far.
+Scalar: TypeAlias = float | Float[Array, ""]
 
 
 @dataclass(frozen=True, eq=False)

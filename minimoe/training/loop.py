@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import Int
 
 from minimoe import mixtral
-from minimoe.arrays import to_host
+from minimoe.arrays import numbers
 from minimoe.backends import Backend
 from minimoe.config import ModelConfig
 from minimoe.params import Params, leaves, map_leaves, random, stack_experts
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +145,15 @@ def train_step(
     inputs = mixtral.check_inputs(tokens, config.vocab_size)
     jitter = np.random.default_rng([train.seed, step, 1])
     losses, grads, routed = mixtral.loss_and_grads(ops, config, state.params, inputs, jitter=jitter)
-    if not math.isfinite(losses.total):
-        raise FloatingPointError(f"the loss of step {step} is {losses.total}: lower peak_lr, or lengthen warmup")
     flat = [dict(leaves(tree)) for tree in (state.params, grads, state.m, state.v)]
-    norm = math.sqrt(sum(ops.adamw.squared_norm(g) for g in flat[1].values()))
+    squares = [ops.adamw.squared_norm(g) for g in flat[1].values()]
+    # On a device everything above is under way; here, once in a step, the host waits for it.
+    total, cross_entropy, balance, least, *squares = numbers(
+        losses.total, losses.cross_entropy, losses.balance, least_share(ops, config, routed), *squares
+    )
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss of step {step} is {total}: lower peak_lr, or lengthen warmup")
+    norm = math.sqrt(sum(squares))
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient of step {step} has norm {norm}: lower peak_lr, or lengthen warmup")
     lr = train.learning_rate(step)
@@ -160,14 +165,14 @@ def train_step(
             weight_decay=decay, scale=min(1.0, train.clip / max(norm, 1e-12)),
         )  # fmt: skip
     state.step = step
-    return Metrics(step, losses.cross_entropy, losses.balance, lr, norm, least_share(ops, config, routed))
+    return Metrics(step, cross_entropy, balance, lr, norm, least)
 
 
-def least_share(ops: Backend, config: ModelConfig, routed: Any) -> float:
+def least_share(ops: Backend, config: ModelConfig, routed: Any) -> Scalar:
     """Smallest share of assignments that any expert of any layer gets, times E; 1.0 in a dense model."""
     routing = mixtral.collect_routing(ops, routed)
     if routing is None:
         return 1.0
-    E = config.num_experts
-    counts = [np.bincount(layer[layer >= 0], minlength=E) for layer in to_host(routing.ids)]
-    return float(min(c.min() / max(c.sum(), 1) for c in counts) * E)
+    xp, E = ops.xp, config.num_experts
+    counts = (routing.ids[..., None] == xp.arange(E)).sum(axis=(1, 2))  # (L, N, k, E) -> (L, E)
+    return (counts.min(axis=1) / xp.maximum(counts.sum(axis=1), 1)).min() * E

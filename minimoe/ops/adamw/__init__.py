@@ -14,7 +14,7 @@ from typing import Protocol
 
 from jaxtyping import Float
 
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 
 class AdamW(Protocol):
@@ -37,5 +37,5 @@ class AdamW(Protocol):
     ) -> None:
         """Take step number `step` (the first is 1) with the gradient ``scale · g`` (clipping sets the scale)."""
 
-    def squared_norm(self, g: Float[Array, "..."]) -> float:
+    def squared_norm(self, g: Float[Array, "..."]) -> Scalar:
         """Return Σ g², added up in float64."""

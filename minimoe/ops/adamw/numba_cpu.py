@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numba import prange
 
 from minimoe.loops import FAST, jit
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 SMALL = 1 << 17  # numbers; below, starting the threads costs more than they save
 BLOCK = 1 << 13  # numbers that are squared and added up by one thread, whatever the number of threads
@@ -53,7 +53,7 @@ def forward(
     )
 
 
-def squared_norm(g: Float[Array, "..."]) -> float:
+def squared_norm(g: Float[Array, "..."]) -> Scalar:
     """See the contract."""
     flat = np.ascontiguousarray(g).reshape(-1)
     return float(_squared_norm(flat, np.empty((flat.size + BLOCK - 1) // BLOCK)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 
 from minimoe.arrays import xp_of
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 
 def forward(
@@ -31,6 +31,6 @@ def forward(
     w[...] = w - lr * weight_decay * w - lr * m_hat / (xp.sqrt(v_hat) + eps)
 
 
-def squared_norm(g: Float[Array, "..."]) -> float:
+def squared_norm(g: Float[Array, "..."]) -> Scalar:
     g = g.astype("float64")
     return float((g * g).sum())

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from jaxtyping import Bool, Float, Int
 
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 
 class BalanceLoss(Protocol):
@@ -34,7 +34,7 @@ class BalanceLoss(Protocol):
         ids: Int[Array, "L N k"],
         active: Bool[Array, " N"] | None,
         form: str,
-    ) -> float:
+    ) -> Scalar:
         """Return the loss; tokens that are not active are not counted. 0.0 where no token is."""
 
     def backward(

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from numba import prange
 
 from minimoe.loops import exp, jit
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 SMALL = 1 << 12  # numbers; below, starting the threads costs more than they save
 TOKENS = 256  # per block
@@ -19,7 +19,7 @@ TOKENS = 256  # per block
 
 def forward(
     logits: Float[Array, "L N E"], ids: Int[Array, "L N k"], active: Bool[Array, " N"] | None, form: str
-) -> float:
+) -> Scalar:
     """See the contract."""
     L, N, E = logits.shape
     keep, count = _active(active, N)

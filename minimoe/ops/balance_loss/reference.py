@@ -5,12 +5,12 @@ from __future__ import annotations
 from jaxtyping import Bool, Float, Int
 
 from minimoe.arrays import xp_of
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 
 def forward(
     logits: Float[Array, "L N E"], ids: Int[Array, "L N k"], active: Bool[Array, " N"] | None, form: str
-) -> float:
+) -> Scalar:
     L, _, E = logits.shape
     probs, share, count = _probs_and_share(logits, ids, active, form)
     if count == 0:

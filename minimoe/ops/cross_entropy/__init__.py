@@ -11,7 +11,7 @@ from typing import Protocol
 
 from jaxtyping import Float, Int
 
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 
 class CrossEntropy(Protocol):
@@ -19,7 +19,7 @@ class CrossEntropy(Protocol):
 
     def forward(
         self, logits: Float[Array, "N V"], targets: Int[Array, " N"]
-    ) -> tuple[float, Float[Array, " N"], Float[Array, " N"]]:
+    ) -> tuple[Scalar, Float[Array, " N"], Float[Array, " N"]]:
         """Return the mean loss (0.0 where nothing is counted), the losses (N,), and lse (N,) for the backward."""
 
     def backward(

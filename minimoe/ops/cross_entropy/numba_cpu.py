@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from numba import prange
 
 from minimoe.loops import FAST, exp, jit
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 LANES = 64  # four vectors of 512 bits in float32
 FMA = FAST - {"reassoc"}  # elementwise loops need no other order of additions
@@ -20,7 +20,7 @@ SMALL = 1 << 13  # numbers; below, starting the threads costs more than they sav
 
 def forward(
     logits: Float[Array, "N V"], targets: Int[Array, " N"]
-) -> tuple[float, Float[Array, " N"], Float[Array, " N"]]:
+) -> tuple[Scalar, Float[Array, " N"], Float[Array, " N"]]:
     """See the contract."""
     losses, lse = np.empty(logits.shape[0], logits.dtype), np.empty(logits.shape[0], logits.dtype)
     loss = _forward(np.ascontiguousarray(logits), np.ascontiguousarray(targets, np.int64), losses, lse)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 
 from minimoe.arrays import xp_of
-from minimoe.shapes import Array
+from minimoe.shapes import Array, Scalar
 
 
 def forward(
     logits: Float[Array, "N V"], targets: Int[Array, " N"]
-) -> tuple[float, Float[Array, " N"], Float[Array, " N"]]:
+) -> tuple[Scalar, Float[Array, " N"], Float[Array, " N"]]:
     xp = xp_of(logits)
     counted = targets >= 0
     top = logits.max(axis=-1, keepdims=True)

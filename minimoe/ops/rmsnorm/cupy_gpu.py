@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxtyping import Float
 
 from minimoe.arrays import xp_of
-from minimoe.cuda import c_type, contiguous, launch
+from minimoe.cuda import c_type, contiguous, launch, threads
 from minimoe.shapes import Array
 
 KERNELS = Path(__file__).with_name("kernels.cu")
@@ -42,11 +42,6 @@ def backward(
     launch(KERNELS, rows, N, threads(D), [dy, h, contiguous(weight), r, dh, dx, D])
     launch(KERNELS, f"rmsnorm_backward_weight<{real}>", -(-D // 32), (32, 32), [dy, h, r, dweight, N, D])
     return dx, dweight
-
-
-def threads(D: int) -> int:
-    """Threads for a row of D numbers: about four each, whole warps, at most 1024."""
-    return min(1024, 32 * -(-D // 128))
 
 
 REALS, STORED = ("float", "double"), ("float", "double", "bfloat16")
