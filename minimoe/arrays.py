@@ -17,6 +17,8 @@ import numpy as np
 from minimoe.shapes import Array, Scalar
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_OLDEST_CUPY = 14  # takes bfloat16 arrays
+_OLDEST_DEVICE = 80
 
 
 def xp_of(x: Array) -> Any:
@@ -32,16 +34,18 @@ def cupy_module() -> ModuleType:
     Raises
     ------
     ValueError
-        If CuPy is not installed or cannot be imported, no CUDA driver or device answers, the driver is too old for
-        this CuPy, or CUDA's libraries are not there.
+        If CuPy is not installed, too old or cannot be imported, no CUDA driver or device answers, the driver is too old
+        for this CuPy, the device is too old for bfloat16, or CUDA's libraries are not there.
     """
     install = "pip install 'minimoe[cuda12]' or 'minimoe[cuda13]', as the driver's CUDA is (nvidia-smi names it)"
     try:
         import cupy
-    except ModuleNotFoundError:
-        raise ValueError(f"backend 'cuda' needs CuPy, which is not installed: {install}") from None
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            raise ValueError(f"backend 'cuda' needs CuPy, which is not installed: {install}") from None
         raise ValueError(f"backend 'cuda' found CuPy, but it cannot be imported ({_line(error)}): {install}") from None
+    if int(cupy.__version__.partition(".")[0]) < _OLDEST_CUPY:
+        raise ValueError(f"backend 'cuda' found CuPy {cupy.__version__}; it needs {_OLDEST_CUPY} or later: {install}")
     runtime = cupy.cuda.runtime
     try:
         count = runtime.getDeviceCount()
@@ -49,8 +53,13 @@ def cupy_module() -> ModuleType:
         raise ValueError(f"backend 'cuda' found CuPy but {_what_is_wrong(runtime, error)}") from None
     if count == 0:
         raise ValueError("backend 'cuda' found CuPy but no CUDA device (is one visible? CUDA_VISIBLE_DEVICES)")
-    try:
-        _ = cupy.cuda.cublas.gemmEx  # cuBLAS is looked for when it is first asked for
+    if int(capability := cupy.cuda.Device().compute_capability) < _OLDEST_DEVICE:
+        raise ValueError(
+            f"backend 'cuda' found a device of compute capability {capability[:-1]}.{capability[-1]}; it needs 8.0 "
+            "(Ampere) or later, whose tensor cores know bfloat16"
+        )
+    try:  # cuBLAS and the runtime compiler are looked for when they are first asked for
+        _ = cupy.cuda.cublas.gemmEx, cupy.cuda.nvrtc.getVersion()
     except Exception as error:
         raise ValueError(f"backend 'cuda' does not find CUDA's libraries ({_line(error)}): {install}") from None
     return cupy  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from minimoe.backends import Backend
 from minimoe.config import ModelConfig
 from minimoe.params import Params
-from minimoe.placement import require
+from minimoe.placement import explained, require
 from minimoe.quantized import kept_dtype
 from minimoe.shapes import Array
 
@@ -78,10 +78,11 @@ def new_cache(ops: Backend, config: ModelConfig, params: Params, batch: int, max
     shape = _shape(config, batch, max_length)
     itemsize = sum(np.dtype(kept_dtype(w)).itemsize for p in params.layers for w in (p.attention.wk, p.attention.wv))
     require(ops, math.prod(shape) * itemsize, f"keys and values of {batch} × {max_length:,} tokens")
-    caches = [
-        LayerCache(*(ops.xp.zeros(shape, kept_dtype(w)) for w in (p.attention.wk, p.attention.wv)))
-        for p in params.layers
-    ]
+    with explained(ops):
+        caches = [
+            LayerCache(*(ops.xp.zeros(shape, kept_dtype(w)) for w in (p.attention.wk, p.attention.wv)))
+            for p in params.layers
+        ]
     return KVCache(caches, ops.xp.full(shape[:2], -1, ops.xp.int64), np.zeros(batch, np.int64), int(max_length))
 
 

@@ -25,7 +25,7 @@ SHARED = Path(__file__).with_name("kernels.cuh")
 OPTIONS = ("--std=c++17",)
 _INCLUDE = '#include "../../kernels.cuh"'
 _TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", BFLOAT16: "bfloat16"}
-_STATIC_SHARED = 48 * 1024  # bytes of shared memory that a kernel gets without asking
+_UNASKED_SHARED = 48 * 1024  # bytes of dynamic shared memory that a kernel gets without asking
 
 # Calls with so many tokens or fewer are served by kernels that read every weight once and never ask the host: such a
 # call can be captured in a graph. More go to cuBLAS, for which the host must know how many tokens each expert has.
@@ -55,6 +55,18 @@ def compiled(cupy: ModuleType, file: Path, kernel: str) -> Any:
     return cupy.RawModule(code=source(file), options=OPTIONS, name_expressions=[kernel]).get_function(kernel)
 
 
+@functools.cache
+def _roomy(cupy: ModuleType, file: Path, kernel: str) -> Any:
+    """Return the kernel, allowed all the dynamic shared memory that a block can have.
+
+    Asked for once, and not as each launch needs it: another thread's smaller launch must not take it back in between.
+    """
+    function = compiled(cupy, file, kernel)
+    most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+    function.max_dynamic_shared_size_bytes = most - function.shared_size_bytes
+    return function
+
+
 def launch(
     file: Path,
     kernel: str,
@@ -77,9 +89,7 @@ def launch(
     block = (block,) if isinstance(block, int) else block
     if 0 in grid:
         return
-    function = compiled(sys.modules["cupy"], file, kernel)
-    if shared > _STATIC_SHARED:
-        function.max_dynamic_shared_size_bytes = shared
+    function = (_roomy if shared > _UNASKED_SHARED else compiled)(sys.modules["cupy"], file, kernel)
     function(grid, block, tuple(_argument(a) for a in arguments), shared_mem=shared)
 
 
@@ -144,14 +154,26 @@ class Captured:
     """A function of no arguments that is called again and again, as one CUDA graph: its launches cost one launch.
 
     The first call runs as it stands, so that kernels are compiled and memory is there; the second is captured; every
-    later one replays the graph on the same arrays. Nothing in it may read a number back to the host. Its memory comes
-    from a pool of its own, since a graph writes to the same addresses each time and nobody else may be given them;
-    what it returns lies there too, and is overwritten by the next call.
+    later one replays the graph on the same arrays. Nothing in it may read a number back to the host. What it returns is
+    overwritten by the next call, and lives as long as this object. One thread at a time may call it; others may work on
+    the device meanwhile, also while it captures: allocators, streams and cuBLAS handles are each thread's own in CuPy.
+
+    A graph writes to the same addresses each time, and nobody else may be given them: all arrays made inside come from
+    a pool of its own, which takes memory from CuPy's common pool and gives it back when this object goes. Inside, the
+    pool may hand an address out again once its array is gone, since the operations of a graph keep their order. It
+    never frees one: a pool of CuPy's does when CUDA itself says that there is no more; here the common pool says so,
+    by another exception.
     """
 
     def __init__(self, cupy: Any, run: Callable[[], Array]) -> None:
-        self._cupy, self._run = cupy, run
-        self._pool, self._stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+        around = cupy.cuda.get_current_stream()
+
+        def more(size: int) -> Any:  # as the stream around would take it, so that it can use it again afterwards
+            with around:
+                return cupy.get_default_memory_pool().malloc(size)
+
+        self._cupy, self._run, self._pool = cupy, run, cupy.cuda.MemoryPool(more)
+        self._stream = cupy.cuda.Stream(non_blocking=True)  # what others do on the legacy stream must not be waited for
         self._graph: Any = None
         self._result: Array | None = None
 
@@ -167,17 +189,19 @@ class Captured:
     def _first(self) -> Array:
         self._cupy.cuda.get_current_stream().synchronize()
         with self._cupy.cuda.using_allocator(self._pool.malloc), self._stream:
-            result = self._run()
-            self._stream.synchronize()
-        return result
+            try:
+                return self._run()
+            finally:
+                self._stream.synchronize()  # also where it was interrupted: what follows runs on another stream
 
     def _capture(self) -> None:
         with self._cupy.cuda.using_allocator(self._pool.malloc), self._stream:
-            self._stream.begin_capture()
             try:
+                self._stream.begin_capture()
                 result = self._run()
+                graph = self._stream.end_capture()
             except BaseException:
                 with contextlib.suppress(Exception):
                     self._stream.end_capture()  # the stream must not stay in this state
                 raise
-            self._graph, self._result = self._stream.end_capture(), result
+        self._graph, self._result = graph, result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,10 +112,11 @@ class _Decoding:
     """The steps after the prompt, on arrays that stay where they are, so that a device can replay them as a graph."""
 
     def __init__(self, ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache) -> None:
-        self._ops, self._config, self._params, self._cache = ops, config, params, cache
-        self._positions = ops.asarray(cache.lengths[:, None].copy())
-        self._tokens = ops.xp.zeros_like(self._positions)
-        self._replay = ops.captured(self._step, tokens=len(cache.lengths))
+        positions = ops.asarray(cache.lengths[:, None].copy())
+        self._cache, self._tokens = cache, ops.xp.zeros_like(positions)
+        # No method of this object: a cycle of references would keep the cache until the garbage collector comes.
+        step = partial(_step, ops, config, params, cache, self._tokens, positions)
+        self._replay = ops.captured(step, tokens=len(cache.lengths))
 
     def __call__(self, ids: Int[Array, " B"]) -> Float[Array, "B V"]:
         """Return the logits that follow when each sequence goes on with `ids`."""
@@ -123,10 +125,13 @@ class _Decoding:
         self._cache.lengths += 1
         return logits
 
-    def _step(self) -> Float[Array, "B V"]:
-        logits = mixtral.decode(self._ops, self._config, self._params, self._tokens, self._positions, self._cache)
-        self._positions += 1
-        return logits
+
+def _step(
+    ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache, tokens: Array, positions: Array
+) -> Float[Array, "B V"]:
+    logits = mixtral.decode(ops, config, params, tokens, positions, cache)
+    positions += 1
+    return logits
 
 
 def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ def explained(ops: Backend) -> Iterator[None]:
     except MemoryError as error:
         if ops.xp is np or isinstance(error, DeviceMemoryError):
             raise
+        traceback.clear_frames(error.__traceback__)  # whoever keeps the error would keep the arrays of its calls
         free, total = _free(ops)
         raise DeviceMemoryError(
             f"the device has too little memory: {' '.join(str(error).split())}; {_gigabytes(free)} of its "

@@ -29,6 +29,7 @@ from minimoe.checkpoint.memory import free_memory
 from minimoe.config import ModelConfig
 from minimoe.layers import Choice
 from minimoe.params import Params, leaves
+from minimoe.placement import explained
 from minimoe.schedule import Cost, Step, names
 from minimoe.shapes import Array, Routing
 
@@ -229,7 +230,8 @@ def record(
             made = dict(zip(step.writes, _made(ops, call), strict=True))
             arrays.update((name, x) for name, x in made.items() if name in wanted)
 
-    logits, routed = mixtral.forward(Recorder(params, take).wrap(ops), config, params, inputs, choose=choose)
+    with explained(ops):
+        logits, routed = mixtral.forward(Recorder(params, take).wrap(ops), config, params, inputs, choose=choose)
     assert next(expected, None) is None, "the schedule does not match the model"
     if "logits" in arrays:
         arrays["logits"] = arrays["logits"].reshape(logits.shape)

@@ -58,7 +58,8 @@ def test_cuda_without_cupy_says_how_to_install_it(monkeypatch):
 
 def _cupy(count):
     runtime = SimpleNamespace(getDeviceCount=count)
-    return SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    device = SimpleNamespace(compute_capability="90")
+    return SimpleNamespace(__version__="14.0.1", cuda=SimpleNamespace(runtime=runtime, Device=lambda: device))
 
 
 def test_cuda_without_a_device_says_so(monkeypatch):
@@ -93,20 +94,50 @@ def test_cuda_with_too_old_a_driver_names_both_versions(monkeypatch):
 
 
 def test_cuda_without_its_libraries_says_how_to_get_them(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cupy", _cupy(lambda: 1))  # without cublas
+    def fail():
+        raise RuntimeError("libnvrtc.so.13: no such file")
+
+    cupy = _cupy(lambda: 1)  # without cuBLAS
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
     with pytest.raises(BackendError, match=r"does not find CUDA's libraries .*: pip install 'minimoe\[cuda12\]'"):
+        make_backend("cuda")
+    cupy.cuda.cublas, cupy.cuda.nvrtc = SimpleNamespace(gemmEx=None), SimpleNamespace(getVersion=fail)
+    with pytest.raises(BackendError, match=r"does not find CUDA's libraries \(libnvrtc.so.13: no such file\)"):
         make_backend("cuda")
 
 
-def test_a_cupy_that_cannot_be_imported_is_told_from_one_that_is_not_there(monkeypatch):
+def test_cuda_with_too_old_a_cupy_names_it(monkeypatch):
+    cupy = _cupy(lambda: 1)
+    cupy.__version__ = "13.6.0"
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(BackendError, match=r"found CuPy 13\.6\.0; it needs 14 or later: pip install"):
+        make_backend("cuda")
+
+
+def test_cuda_with_too_old_a_device_says_what_it_lacks(monkeypatch):
+    cupy = _cupy(lambda: 1)
+    cupy.cuda.Device = lambda: SimpleNamespace(compute_capability="75")
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    with pytest.raises(BackendError, match=r"a device of compute capability 7\.5; it needs 8\.0 .*bfloat16"):
+        make_backend("cuda")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("libcuda.so.1: cannot open shared object file"),
+        ModuleNotFoundError("No module named 'fastrlock'", name="fastrlock"),
+    ],
+)
+def test_a_cupy_that_cannot_be_imported_is_told_from_one_that_is_not_there(monkeypatch, error):
     class Broken:
         def find_spec(self, name, path=None, target=None):
             if name == "cupy":
-                raise ImportError("libcuda.so.1: cannot open shared object file")
+                raise error
 
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    with pytest.raises(BackendError, match=r"found CuPy, but it cannot be imported \(libcuda.so.1: cannot open"):
+    with pytest.raises(BackendError, match=rf"found CuPy, but it cannot be imported \({error}\): pip install"):
         make_backend("cuda")
 
 

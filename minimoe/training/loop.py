@@ -23,6 +23,7 @@ from minimoe.arrays import numbers
 from minimoe.backends import Backend
 from minimoe.config import ModelConfig
 from minimoe.params import Params, leaves, map_leaves, random, stack_experts
+from minimoe.placement import explained, placed
 from minimoe.shapes import Array, Scalar
 
 
@@ -115,8 +116,9 @@ class TrainState:
 
 def new_state(ops: Backend, config: ModelConfig, train: TrainConfig) -> TrainState:
     """Return fresh float32 parameters and zero moments, where the backend computes."""
-    params = map_leaves(stack_experts(random(config, train.seed)), ops.asarray)
-    return TrainState(params, map_leaves(params, ops.xp.zeros_like), map_leaves(params, ops.xp.zeros_like))
+    params = placed(stack_experts(random(config, train.seed)), ops)
+    with explained(ops):
+        return TrainState(params, map_leaves(params, ops.xp.zeros_like), map_leaves(params, ops.xp.zeros_like))
 
 
 def batch(streams: Mapping[str, Int[Array, " n"]], train: TrainConfig, step: int) -> Int[Array, "B T"]:
@@ -144,13 +146,14 @@ def train_step(
     step = state.step + 1
     inputs = mixtral.check_inputs(tokens, config.vocab_size)
     jitter = np.random.default_rng([train.seed, step, 1])
-    losses, grads, routed = mixtral.loss_and_grads(ops, config, state.params, inputs, jitter=jitter)
-    flat = [dict(leaves(tree)) for tree in (state.params, grads, state.m, state.v)]
-    squares = [ops.adamw.squared_norm(g) for g in flat[1].values()]
-    # On a device everything above is under way; here, once in a step, the host waits for it.
-    total, cross_entropy, balance, least, *squares = numbers(
-        losses.total, losses.cross_entropy, losses.balance, least_share(ops, config, routed), *squares
-    )
+    with explained(ops):
+        losses, grads, routed = mixtral.loss_and_grads(ops, config, state.params, inputs, jitter=jitter)
+        flat = [dict(leaves(tree)) for tree in (state.params, grads, state.m, state.v)]
+        squares = [ops.adamw.squared_norm(g) for g in flat[1].values()]
+        # On a device everything above is under way; here, once in a step, the host waits for it.
+        total, cross_entropy, balance, least, *squares = numbers(
+            losses.total, losses.cross_entropy, losses.balance, least_share(ops, config, routed), *squares
+        )
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss of step {step} is {total}: lower peak_lr, or lengthen warmup")
     norm = math.sqrt(sum(squares))

@@ -4,6 +4,8 @@
 - Memory fresh from `empty` is NaN; every array has guards on both sides, looked at after each kernel launch.
 - `Stream.begin_capture` to `end_capture` records a graph: reading a number back to the host in between is an error,
   and so is taking memory from outside a pool of one's own; `Graph.launch` runs what was recorded on the same buffers.
+- Memory is finite, and counted: STATE.total bytes, of which STATE.used are taken by arrays that live.
+- What is being captured, and which pool memory comes from, is each thread's own, as with CuPy.
 - Only functions that CuPy 14 has are there (NAMES; look before you add one).
 """
 
@@ -12,7 +14,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import threading
 import types
+import weakref
 from typing import Any
 
 import ml_dtypes
@@ -45,11 +49,41 @@ class State:
 
     def __init__(self) -> None:
         self.order = 0  # of threads between barriers, see compiling.run
-        self.recording: list[Any] | None = None  # the operations of the graph that is being captured
         self.launches: list[str] = []  # every kernel launched, by name
         self.syncs = 0  # numbers read back to the host
-        self.used = 0  # bytes, as if nothing were ever freed
-        self.total = 8 << 30
+        self.used, self.total = 0, 8 << 30  # bytes
+        self.lock = threading.RLock()  # of `used`; the garbage collector may come while it is held
+        self._of_thread = threading.local()
+
+    @property
+    def recording(self) -> list[Any] | None:
+        """The operations of the graph that this thread is capturing."""
+        return getattr(self._of_thread, "recording", None)
+
+    @recording.setter
+    def recording(self, operations: list[Any] | None) -> None:
+        self._of_thread.recording = operations
+
+    @property
+    def pool(self) -> Any:
+        """Where this thread's memory comes from; None is the common pool."""
+        return getattr(self._of_thread, "pool", None)
+
+    @pool.setter
+    def pool(self, allocator: Any) -> None:
+        self._of_thread.pool = allocator
+
+    def take(self, size: int) -> None:
+        """Count memory that is taken, or, where negative, given back."""
+        with self.lock:
+            if size > 0 and self.used + size > self.total:
+                so_far = f"(allocated so far: {self.used:,} bytes)"
+                raise OutOfMemoryError(f"Out of memory allocating {size:,} bytes {so_far}.")
+            self.used += size
+
+
+class OutOfMemoryError(MemoryError):
+    """CuPy's; no error of CUDA's own."""
 
 
 STATE = State()
@@ -65,10 +99,12 @@ def _guarded(shape: Any, dtype: Any) -> np.ndarray:
     """Memory between two guards; its first 16 bytes say where the array lies."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    assert STATE.recording is None or STATE.pool is not None, "memory from the common pool during capture"
+    STATE.take(size)
     raw = np.full(size + 2 * GUARD + 256, 0xFF, np.uint8)
     start = GUARD + -(raw.ctypes.data + GUARD) % 256
     raw[:16].view(np.int64)[:] = start, size
-    STATE.used += size
+    weakref.finalize(raw, STATE.take, -size).atexit = False
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
@@ -284,7 +320,8 @@ class Kernel:
     """One compiled kernel."""
 
     def __init__(self, code: str, name: str) -> None:
-        self._code, self.name, self.max_dynamic_shared_size_bytes = code, name, 48 * 1024
+        self._code, self.name = code, name
+        self.max_dynamic_shared_size_bytes, self.shared_size_bytes = 48 * 1024, 1024
 
     def __call__(self, grid: Any, block: Any, args: tuple[Any, ...], *, shared_mem: int = 0) -> None:
         assert shared_mem <= self.max_dynamic_shared_size_bytes, "ask for more dynamic shared memory first"
@@ -364,6 +401,9 @@ class Stream:
 
 
 class MemoryPool:
+    def __init__(self, allocator: Any = None) -> None:
+        self._allocator = allocator
+
     def malloc(self, size: int) -> Any:
         raise NotImplementedError("the stand-in takes memory from NumPy")
 
@@ -377,9 +417,19 @@ class MemoryPool:
         return STATE.used
 
 
+@contextlib.contextmanager
+def using_allocator(allocator: Any = None) -> Any:
+    before, STATE.pool = STATE.pool, allocator
+    try:
+        yield
+    finally:
+        STATE.pool = before
+
+
 def make_cupy() -> types.ModuleType:
     """Return the module that the tests put in place of CuPy."""
     cupy = types.ModuleType("cupy")
+    cupy.__version__ = "14.0.0"
     for name in NAMES:
         found = getattr(np, name)
         setattr(cupy, name, found if isinstance(found, type | float) or found is None else _function(name))
@@ -405,12 +455,17 @@ def make_cupy() -> types.ModuleType:
         runtime=runtime,
         cublas=types.SimpleNamespace(gemmEx=_gemm_ex, CUBLAS_OP_N=0, CUBLAS_OP_T=1),
         device=types.SimpleNamespace(get_cublas_handle=lambda: 0),
-        Device=lambda *a: types.SimpleNamespace(id=0, attributes={"MultiProcessorCount": 4}, compute_capability="90"),
+        nvrtc=types.SimpleNamespace(getVersion=lambda: (13, 0)),
+        Device=lambda *a: types.SimpleNamespace(
+            id=0,
+            attributes={"MultiProcessorCount": 4, "MaxSharedMemoryPerBlockOptin": 227 * 1024},
+            compute_capability="90",
+        ),
         Stream=Stream,
         get_current_stream=lambda: stream,
         MemoryPool=MemoryPool,
-        using_allocator=lambda allocator=None: contextlib.nullcontext(),
-        memory=types.SimpleNamespace(OutOfMemoryError=MemoryError),
+        using_allocator=using_allocator,
+        memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
     )
     return cupy
 
