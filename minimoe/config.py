@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 BALANCE_FORMS = ("per_layer", "concatenated", "switch")
+ACTIVATIONS = ("silu", "gelu_tanh")
 _LIMIT = 2**31 - 1  # every single dimension fits a 32-bit index
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",

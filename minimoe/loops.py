@@ -149,6 +149,33 @@ def _sigmoid(z):
     return impl
 
 
+def tanh(x: Any) -> Any:
+    """The hyperbolic tangent inside jitted code; the float32 form vectorises."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(tanh, inline="always")
+def _tanh(x):
+    if x == types.float32:
+        return lambda x: _tanh_float32(x)
+    return lambda x: np.tanh(x)
+
+
+@jit(inline="always")
+def _tanh_float32(x):
+    # Near 0 1 - 2 / (e^2x + 1) would cancel: there x + x³ p(x²), p of degree 4 interpolating (tanh(x) / x - 1) / x² at
+    # Chebyshev points of 0 <= x² <= 0.36 (relative error 1.1e-8).
+    z = x * x
+    p = np.float32(-0.00627639073)
+    p = p * z + np.float32(0.0211162165)
+    p = p * z + np.float32(-0.0538751389)
+    p = p * z + np.float32(0.13332924)
+    p = p * z + np.float32(-0.333333304)
+    far = np.float32(1) - np.float32(2) / (exp(np.float32(2) * abs(x)) + np.float32(1))
+    far = -far if x < np.float32(0) else far
+    return x + x * z * p if abs(x) < np.float32(0.6) else far
+
+
 @jit(fastmath=FAST)
 def four_dots(x, w0, w1, w2, w3):
     """x · w0, ..., x · w3. Four rows at a time keep enough reads in flight to use the memory's bandwidth."""

@@ -55,9 +55,11 @@ def magnified(profile: Profile) -> float:
 def replaying(ops: Backend, choices: Iterator[Array]) -> Backend:
     """Return `ops` with a gate that takes the given expert choices, call by call, unless its caller forces some."""
 
-    def forward(x: Array, gate: Array, k: int, active: Any = None, allowed: Any = None, ids: Any = None) -> Any:
+    def forward(
+        x: Array, gate: Array, k: int, active: Any = None, allowed: Any = None, ids: Any = None, *rest: Any
+    ) -> Any:
         golden = next(choices)
-        return ops.gating.forward(x, gate, k, active, allowed, golden if ids is None else ids)
+        return ops.gating.forward(x, gate, k, active, allowed, golden if ids is None else ids, *rest)
 
     return dataclasses.replace(ops, gating=SimpleNamespace(**vars(ops.gating) | {"forward": forward}))
 
@@ -65,8 +67,8 @@ def replaying(ops: Backend, choices: Iterator[Array]) -> Backend:
 def noting(ops: Backend, choices: list[Array]) -> Backend:
     """Return `ops` with a gate that writes down the experts it chose."""
 
-    def forward(x: Array, gate: Array, k: int, active: Any = None, allowed: Any = None, ids: Any = None) -> Any:
-        found = ops.gating.forward(x, gate, k, active, allowed, ids)
+    def forward(*args: Any) -> Any:
+        found = ops.gating.forward(*args)
         choices.append(found[1])
         return found
 
@@ -174,10 +176,14 @@ def _rmsnorm(reference: ModuleType) -> dict[str, Any]:
 def _attention(reference: ModuleType) -> dict[str, Any]:
     """As eager attention has it; fused attention keeps scores and probabilities in float32, which rounds less."""
 
-    def inner(q: Array, k: Array, q_pos: Array, k_pos: Array, window: int | None) -> tuple[Array, Array, Array]:
+    def inner(
+        q: Array, k: Array, q_pos: Array, k_pos: Array, window: int | None, scale: float | None, cap: float | None
+    ) -> tuple[Array, Array, Array]:
         G = q.shape[2] // k.shape[2]
         keys = np.repeat(k, G, axis=2).transpose(0, 2, 3, 1)  # (B, S, K, C) -> (B, H, C, S)
-        scores: Array = (q.transpose(0, 2, 1, 3) @ keys) * q.shape[-1] ** -0.5  # (B, H, T, S)
+        scores: Array = (q.transpose(0, 2, 1, 3) @ keys) * reference._factor(q, scale)  # (B, H, T, S)
+        if cap is not None:
+            scores = cap * np.tanh(scores / cap)
         scores = np.where(reference.visible(q_pos, k_pos, window)[:, None], scores, -np.inf)
         wide = scores.fine()
         top = np.maximum(wide.max(axis=-1, keepdims=True), -1e300)  # no visible key: exp(-inf) = 0, not NaN
@@ -187,13 +193,17 @@ def _attention(reference: ModuleType) -> dict[str, Any]:
         lse = np.where(total == 0, -np.inf, top + np.log(np.where(total == 0, 1, total)))[..., 0]
         return scores, probs.rounded(), lse.swapaxes(1, 2)
 
-    def forward(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array, window: int | None) -> tuple[Array, Array]:
-        _, probs, lse = inner(q, k, q_pos, k_pos, window)
+    def forward(
+        q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array, window: int | None, scale: Any = None, cap: Any = None
+    ) -> tuple[Array, Array]:
+        _, probs, lse = inner(q, k, q_pos, k_pos, window, scale, cap)
         values = np.repeat(v, q.shape[2] // v.shape[2], axis=2).swapaxes(1, 2)  # (B, S, K, C) -> (B, H, S, C)
         return (probs @ values).swapaxes(1, 2), lse
 
-    def explain(q: Array, k: Array, q_pos: Array, k_pos: Array, window: int | None) -> dict[str, Array]:
-        return dict(zip(("scores", "probs"), inner(q, k, q_pos, k_pos, window), strict=False))
+    def explain(
+        q: Array, k: Array, q_pos: Array, k_pos: Array, window: int | None, scale: Any = None, cap: Any = None
+    ) -> dict[str, Array]:
+        return dict(zip(("scores", "probs"), inner(q, k, q_pos, k_pos, window, scale, cap), strict=False))
 
     return {"forward": forward, "explain": explain}
 
@@ -202,9 +212,10 @@ def _gating(reference: ModuleType) -> dict[str, Any]:
     reference.matmul = lambda x, gate: (x @ gate).fine()  # type: ignore[attr-defined]  # the softmax is float32
 
     def forward(
-        x: Array, gate: Array, k: int, active: Any = None, allowed: Any = None, ids: Any = None
-    ) -> tuple[Array, Array, Array]:
-        logits, ids, weights = reference.forward(x, gate, k, active, allowed, ids)
+        x: Array, gate: Array, k: int, active: Any = None, allowed: Any = None, ids: Any = None,
+        renormalise: bool = True,
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        logits, ids, weights = reference.forward(x, gate, k, active, allowed, ids, renormalise)
         return logits, ids, weights.rounded()
 
     return {"forward": forward}
@@ -216,9 +227,9 @@ def _cross_entropy(reference: ModuleType) -> dict[str, Any]:
 
 
 def _experts(reference: ModuleType) -> dict[str, Any]:
-    """SiLU is one function, float32 inside and rounded once; its product with the other half is rounded again."""
-    silu = reference.silu
-    reference.silu = lambda z: silu(z.fine()).rounded()  # type: ignore[attr-defined]
+    """The activation is one function, float32 inside and rounded once; its product with the other half, once more."""
+    act = reference.act
+    reference.act = lambda z, activation: act(z.fine(), activation).rounded()  # type: ignore[attr-defined]
     return {}
 
 

@@ -15,7 +15,7 @@ def attention(request):
     return request.param
 
 
-def naive(q, k, v, q_pos, k_pos, window):
+def naive(q, k, v, q_pos, k_pos, window, scale=None, cap=None):
     (B, T, H, C), (_, S, K, _) = q.shape, k.shape
     out, lse = np.zeros((B, T, H, C)), np.full((B, T, H), -np.inf)
     for b in range(B):
@@ -26,7 +26,9 @@ def naive(q, k, v, q_pos, k_pos, window):
                 for s in range(S):
                     distance = q_pos[b, t] - k_pos[b, s]
                     if k_pos[b, s] >= 0 and distance >= 0 and (window is None or distance < window):
-                        weights[s] = math.exp(sum(q[b, t, h, c] * k[b, s, kv, c] for c in range(C)) / math.sqrt(C))
+                        score = sum(q[b, t, h, c] * k[b, s, kv, c] for c in range(C))
+                        score = score / math.sqrt(C) if scale is None else scale * score
+                        weights[s] = math.exp(score if cap is None else cap * math.tanh(score / cap))
                 if weights:
                     total = sum(weights.values())
                     lse[b, t, h] = math.log(total)
@@ -62,19 +64,30 @@ def draw(B, T, S, H, K, C, padding, seed=0):
     return rng.normal(size=(B, T, H, C)), *rng.normal(size=(2, B, S, K, C)), q_pos, k_pos
 
 
+SCORES = pytest.mark.parametrize(
+    "scores", [{}, {"cap": 1.5}, {"scale": 0.3}, {"scale": 0.9, "cap": 0.7}], ids=["plain", "cap", "scale", "both"]
+)
+
+
 @CASES
-def test_equals_naive_loops(attention, B, T, S, H, K, C, padding, window):
+@SCORES
+def test_equals_naive_loops(attention, B, T, S, H, K, C, padding, window, scores):
     inputs = draw(B, T, S, H, K, C, padding)
-    assert_close(attention.forward(*inputs, window), naive(*inputs, window))
+    assert_close(attention.forward(*inputs, window, **scores), naive(*inputs, window, **scores))
 
 
 @CASES
-def test_backward_is_the_slope(attention, B, T, S, H, K, C, padding, window):
+@SCORES
+def test_backward_is_the_slope(attention, B, T, S, H, K, C, padding, window, scores):
     q, k, v, q_pos, k_pos = draw(B, T, S, H, K, C, padding)
     c = np.random.default_rng(1).normal(size=q.shape)
-    out, lse = attention.forward(q, k, v, q_pos, k_pos, window)
-    gradients = attention.backward(c, q, k, v, q_pos, k_pos, window, out, lse)
-    assert_slopes(lambda q, k, v: (c * attention.forward(q, k, v, q_pos, k_pos, window)[0]).sum(), [q, k, v], gradients)
+    out, lse = attention.forward(q, k, v, q_pos, k_pos, window, **scores)
+    gradients = attention.backward(c, q, k, v, q_pos, k_pos, window, out, lse, **scores)
+
+    def loss(q, k, v):
+        return (c * attention.forward(q, k, v, q_pos, k_pos, window, **scores)[0]).sum()
+
+    assert_slopes(loss, [q, k, v], gradients)
 
 
 @pytest.mark.parametrize(("H", "K"), [(4, 1), (4, 2), (4, 4), (6, 2)])
@@ -102,13 +115,14 @@ def test_the_future_is_not_seen(attention):
 
 
 @pytest.mark.parametrize("T", [1, 3])
-def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(attention, T):
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(attention, T, cap):
     q, k, v, _, _ = draw(1, T, 5, 2, 1, 3, 0)
     q_pos, k_pos = np.full((1, T), 9), np.array([[-1, 5, 10, -1, 11]])  # empty, out of the window, in the future
-    out, lse = attention.forward(q, k, v, q_pos, k_pos, 4)
+    out, lse = attention.forward(q, k, v, q_pos, k_pos, 4, cap=cap)
     assert not out.any()
     assert np.isneginf(lse).all()
-    for gradient in attention.backward(np.ones_like(q), q, k, v, q_pos, k_pos, 4, out, lse):
+    for gradient in attention.backward(np.ones_like(q), q, k, v, q_pos, k_pos, 4, out, lse, cap=cap):
         assert not gradient.any()
     out, _ = attention.forward(q, k, v, np.full((1, T), -1), k_pos, None)  # a padding query, empty slots
     assert not out.any()
@@ -129,6 +143,25 @@ def test_large_scores_do_not_overflow(attention):
     assert np.abs(lse).max() > 1000
 
 
+@pytest.mark.parametrize("T", [1, 40])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_cap_bounds_scores_of_any_size(attention, T, dtype):
+    # scores of ±1e6 become ±30: the softmax of the capped scores, and gradients that vanish instead of NaN
+    q, k, v, q_pos, k_pos = (x.astype(dtype) if x.dtype == np.float64 else x for x in draw(1, T, T + 4, 4, 2, 4, 0))
+    q, k = 1000 * np.sign(q), 1000 * np.sign(k)
+    out, lse = attention.forward(q, k, v, q_pos, k_pos, None, cap=30.0)
+    assert_close((out, lse), naive(*(x.astype(float) for x in (q, k, v)), q_pos, k_pos, None, cap=30.0),
+                 8 * np.finfo(dtype).eps)  # fmt: skip
+    dq, dk, _ = attention.backward(v[:, :T].repeat(2, 2), q, k, v, q_pos, k_pos, None, out, lse, cap=30.0)
+    assert np.isfinite(dq).all() and np.isfinite(dk).all()
+
+
+def test_a_cap_far_above_the_scores_changes_nothing(attention):
+    for T in (1, 40):
+        inputs = draw(2, T, T + 4, 4, 2, 3, 2)
+        assert_close(attention.forward(*inputs, None, cap=1e9), attention.forward(*inputs, None))
+
+
 @pytest.mark.parametrize("T", [1, 3])
 def test_probabilities_are_rounded_where_the_cache_is_bfloat16(attention, T):
     # three keys alike: each probability is 1/3, in bfloat16 0.333984375, and the sum shows it
@@ -147,10 +180,11 @@ def test_queries_are_rounded_where_the_cache_is_bfloat16(attention, T):
     assert_close((out, lse), (np.full((1, T, 1, 1), 64), np.full((1, T, 1), 64)), 1e-6)
 
 
-def test_explain_names_what_forward_computes():
+@SCORES
+def test_explain_names_what_forward_computes(scores):
     q, k, v, q_pos, k_pos = draw(2, 3, 6, 4, 2, 3, 2)
-    out, lse = reference.forward(q, k, v, q_pos, k_pos, 4)
-    inner = reference.explain(q, k, q_pos, k_pos, 4)
+    out, lse = reference.forward(q, k, v, q_pos, k_pos, 4, **scores)
+    inner = reference.explain(q, k, q_pos, k_pos, 4, **scores)
     seen = reference.visible(q_pos, k_pos, 4)[:, None]
     assert inner["scores"].shape == inner["probs"].shape == (2, 4, 3, 6)
     assert (np.isneginf(inner["scores"]) == ~np.broadcast_to(seen, (2, 4, 3, 6))).all()

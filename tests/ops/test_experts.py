@@ -15,23 +15,32 @@ def experts(request):
     return request.param
 
 
-def naive_expert(x, w1, w2, w3):
+ACTIVATIONS = pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+
+
+def naive_activation(z, activation):
+    if activation == "silu":
+        return z / (1 + math.exp(-z))
+    return 0.5 * z * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def naive_expert(x, w1, w2, w3, activation):
     (F, D), y = w1.shape, np.zeros(len(w2))
     for f in range(F):
         gate_in = sum(w1[f, d] * x[d] for d in range(D))
         up = sum(w3[f, d] * x[d] for d in range(D))
         for d in range(D):
-            y[d] += w2[d, f] * gate_in / (1 + math.exp(-gate_in)) * up
+            y[d] += w2[d, f] * naive_activation(gate_in, activation) * up
     return y
 
 
-def naive(x, w1, w2, w3, ids, weights):
+def naive(x, w1, w2, w3, ids, weights, activation="silu"):
     (N, D), k = x.shape, ids.shape[1]
     out, slots = np.zeros((N, D)), np.zeros((N, k, D))
     for n in range(N):
         for slot in range(k):
             if (e := ids[n, slot]) >= 0:
-                slots[n, slot] = naive_expert(x[n], w1[e], w2[e], w3[e])
+                slots[n, slot] = naive_expert(x[n], w1[e], w2[e], w3[e], activation)
                 out[n] += weights[n, slot] * slots[n, slot]
     return out, slots
 
@@ -63,11 +72,12 @@ CASES = pytest.mark.parametrize(
 
 
 @CASES
+@ACTIVATIONS
 @pytest.mark.parametrize("keep", [False, True])
-def test_equals_naive_loops(experts, sizes, keep):
+def test_equals_naive_loops(experts, sizes, activation, keep):
     inputs = draw(**sizes)
-    expected, slots = naive(*inputs)
-    out, saved = experts.forward(*inputs, keep=keep)
+    expected, slots = naive(*inputs, activation)
+    out, saved = experts.forward(*inputs, keep=keep, activation=activation)
     assert_close(out, expected)
     assert (saved is not None) == keep
     if keep:
@@ -75,14 +85,15 @@ def test_equals_naive_loops(experts, sizes, keep):
 
 
 @CASES
-def test_backward_is_the_slope(experts, sizes):
+@ACTIVATIONS
+def test_backward_is_the_slope(experts, sizes, activation):
     x, w1, w2, w3, ids, weights = draw(**sizes)
     c = np.random.default_rng(0).normal(size=x.shape)
-    _, saved = experts.forward(x, w1, w2, w3, ids, weights, keep=True)
-    gradients = experts.backward(c, x, w1, w2, w3, weights, saved)
+    _, saved = experts.forward(x, w1, w2, w3, ids, weights, True, activation)
+    gradients = experts.backward(c, x, w1, w2, w3, weights, saved, activation)
 
     def loss(x, w1, w2, w3, weights):
-        return (c * experts.forward(x, w1, w2, w3, ids, weights)[0]).sum()
+        return (c * experts.forward(x, w1, w2, w3, ids, weights, activation=activation)[0]).sum()
 
     assert_slopes(loss, [x, w1, w2, w3, weights], gradients)
     for e in range(len(w1)):
@@ -135,16 +146,20 @@ def test_slots_are_added_in_their_order(experts, N, values, total, order):
 
 
 @pytest.mark.parametrize("N", [1, 5])
-def test_a_saturated_silu_does_not_overflow(experts, N):
-    one = np.ones((1, 1, 1), np.float32)
-    out, _ = experts.forward(
-        np.full((N, 1), 200, np.float32), one, one, one, np.zeros((N, 1), int), np.ones((N, 1), np.float32)
-    )
-    assert_close(out, np.full((N, 1), 40000), 1e-6)
-    out, _ = experts.forward(
-        np.full((N, 1), -200, np.float32), one, one, one, np.zeros((N, 1), int), np.ones((N, 1), np.float32)
-    )
-    assert np.abs(out).max() < 1e-30
+@ACTIVATIONS
+def test_a_saturated_activation_does_not_overflow(experts, N, activation):
+    one, ids, weights = np.ones((1, 1, 1), np.float32), np.zeros((N, 1), int), np.ones((N, 1), np.float32)
+    for z, expected in ((200, 40000), (-200, 0)):
+        x = np.full((N, 1), z, np.float32)
+        out, saved = experts.forward(x, one, one, one, ids, weights, True, activation)
+        assert np.abs(out - expected).max() <= 1e-6 * expected + 1e-30
+        dx = experts.backward(np.ones_like(x), x, one, one, one, weights, saved, activation)[0]
+        assert np.abs(dx - (400 if z > 0 else 0)).max() <= 1e-4
+
+
+def test_an_unknown_activation_is_refused(experts):
+    with pytest.raises(ValueError, match="activation must be one of silu, gelu_tanh, not 'gelu'"):
+        experts.forward(*draw(1, 5, 7, 4, 2), activation="gelu")
 
 
 @pytest.mark.parametrize("N", [1, 9])
@@ -174,10 +189,11 @@ def test_bfloat16_rounding_of_x_and_of_the_hidden_state_shows(experts, N):
     assert_close(out, np.full((N, 1), 34.0), 1e-6)
 
 
-def test_explain_names_what_forward_computes():
+@ACTIVATIONS
+def test_explain_names_what_forward_computes(activation):
     x, w1, w2, w3, ids, weights = draw(9, 3, 6, 4, 2, unused=3, padding=2)
-    inner = reference.explain(x, w1, w2, w3, ids, weights)
-    _, slots = naive(x, w1, w2, w3, ids, weights)
+    inner = reference.explain(x, w1, w2, w3, ids, weights, activation)
+    _, slots = naive(x, w1, w2, w3, ids, weights, activation)
     assert_close(inner["slots"], slots)
     for n in range(9):
         for slot in range(2):

@@ -12,7 +12,7 @@ def gating(request):
     return request.param
 
 
-def naive(x, gate, k, active=None, allowed=None):
+def naive(x, gate, k, active=None, allowed=None, renormalise=True):
     (N, D), E = x.shape, len(gate)
     logits, ids, weights = np.zeros((N, E)), np.full((N, k), -1), np.zeros((N, k))
     for n in range(N):
@@ -22,8 +22,8 @@ def naive(x, gate, k, active=None, allowed=None):
             continue
         candidates = [e for e in range(E) if allowed is None or allowed[e]]
         ids[n] = sorted(candidates, key=lambda e: (-logits[n, e], e))[:k]
-        exps = [math.exp(logits[n, e] - logits[n, ids[n, 0]]) for e in ids[n]]
-        weights[n] = [value / sum(exps) for value in exps]
+        exps = [math.exp(value) for value in logits[n]]
+        weights[n] = [exps[e] / sum(exps[i] for i in (ids[n] if renormalise else range(E))) for e in ids[n]]
     return logits, ids, weights
 
 
@@ -44,31 +44,32 @@ def assert_same(found, expected, tolerance=1e-12):
 
 
 @SHAPES
-def test_equals_naive_loops(gating, N, D, E, k):
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_equals_naive_loops(gating, N, D, E, k, renormalise):
     x, gate = draw(N, D, E)
-    active = np.arange(N) % 3 != 1
-    allowed = np.arange(E) != 0 if k < E else None
-    assert_same(gating.forward(x, gate, k), naive(x, gate, k))
-    assert_same(gating.forward(x, gate, k, active), naive(x, gate, k, active))
-    assert_same(gating.forward(x, gate, k, None, allowed), naive(x, gate, k, None, allowed))
-    assert_same(gating.forward(x, gate, k, active, allowed), naive(x, gate, k, active, allowed))
+    some = {"active": np.arange(N) % 3 != 1, "allowed": np.arange(E) != 0 if k < E else None}
+    for given in ({}, {"active": some["active"]}, {"allowed": some["allowed"]}, some):
+        given["renormalise"] = renormalise
+        assert_same(gating.forward(x, gate, k, **given), naive(x, gate, k, **given))
 
 
 @SHAPES
-def test_backward_is_the_slope(gating, N, D, E, k):
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_backward_is_the_slope(gating, N, D, E, k, renormalise):
     x, gate = draw(N, D, E)
     rng = np.random.default_rng(0)
     cw, cl = rng.normal(size=(N, k)), rng.normal(size=(N, E))
     active = np.arange(N) % 3 != 1
-    _, ids, weights = gating.forward(x, gate, k, active)
+    logits, ids, weights = gating.forward(x, gate, k, active, renormalise=renormalise)
 
     def loss(x, gate):  # the choice is held fixed: it has no gradient
-        logits, _, weights = gating.forward(x, gate, k, active, None, ids)
+        logits, _, weights = gating.forward(x, gate, k, active, None, ids, renormalise)
         return (cw * weights).sum() + (cl * logits).sum()
 
-    assert_slopes(loss, [x, gate], gating.backward(cw, cl, x, gate, ids, weights))
+    over_all = None if renormalise else logits
+    assert_slopes(loss, [x, gate], gating.backward(cw, cl, x, gate, ids, weights, over_all))
     cl[:] = 0
-    assert_slopes(loss, [x, gate], gating.backward(cw, None, x, gate, ids, weights))
+    assert_slopes(loss, [x, gate], gating.backward(cw, None, x, gate, ids, weights, over_all))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -104,6 +105,24 @@ def test_one_expert_per_token_has_weight_one(gating):
     assert (gating.forward(*draw(7, 5, 8), 1)[2] == 1).all()
 
 
+def test_the_same_experts_are_chosen_without_renormalising(gating):
+    x, gate = draw(20, 5, 6)
+    expected, found = (gating.forward(x, gate, 3, renormalise=renormalise) for renormalise in (True, False))
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert (found[2].sum(axis=1) < 1).all()
+    assert_close(found[2] / found[2].sum(axis=1, keepdims=True), expected[2])
+
+
+@pytest.mark.parametrize("N", [1, 3])
+def test_an_expert_that_is_switched_off_keeps_its_share_without_renormalising(gating, N):
+    # its logit is far the largest: float32 must not overflow, and the others get next to nothing
+    gate = np.array([[0], [200], [1]], np.float32)
+    allowed = np.array([True, False, True])
+    _, ids, weights = gating.forward(np.ones((N, 1), np.float32), gate, 2, None, allowed, renormalise=False)
+    assert ids.tolist() == [[2, 0]] * N
+    assert weights.tolist() == [[0, 0]] * N
+
+
 def test_a_forced_choice_is_taken_as_it_is(gating):
     x, gate = draw(3, 4, 5)
     forced = np.array([[4, 0], [1, 2], [-1, -1]])
@@ -118,10 +137,12 @@ def test_a_forced_choice_is_taken_as_it_is(gating):
     assert weights[0].tolist() == [0, 0]
 
 
-def test_a_token_that_is_not_routed_has_no_gradient(gating):
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_a_token_that_is_not_routed_has_no_gradient(gating, renormalise):
     x, gate = draw(2, 4, 5)
-    _, ids, weights = gating.forward(x, gate, 2, active=np.array([False, True]))
-    dx, dgate = gating.backward(np.array([[3.0, 5], [0, 0]]), None, x, gate, ids, weights)
+    logits, ids, weights = gating.forward(x, gate, 2, active=np.array([False, True]), renormalise=renormalise)
+    over_all = None if renormalise else logits
+    dx, dgate = gating.backward(np.array([[3.0, 5], [0, 0]]), None, x, gate, ids, weights, over_all)
     assert not dx.any()
     assert not dgate.any()
 

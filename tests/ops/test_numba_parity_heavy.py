@@ -158,13 +158,19 @@ def call_gating(module, x, gate, k, active, allowed, choice, weights, dweights, 
     return [*forced, *module.backward(dweights, dlogits, x, gate, choice, weights)]
 
 
+def call_gating_over_all(module, x, gate, k, active, allowed, choice, weights, dweights, dlogits):
+    logits, ids, shares = module.forward(x, gate, k, active, allowed, choice, False)
+    return [logits, ids, shares, *module.backward(dweights, dlogits, x, gate, ids, shares, logits)]
+
+
 def call_free_gating(module, x, gate, k, active, allowed, *_):
     return module.forward(x, gate, k, active, allowed)
 
 
 def test_gating():
     draws = [draw_gating(seed) for seed in range(48)]
-    assert_parity(draws, call_gating, gating_reference, gating, 300, stored={1})
+    for call in (call_gating, call_gating_over_all):
+        assert_parity(draws, call, gating_reference, gating, 300, stored={1})
     for inputs in as_dtype(draws, np.float64):
         assert_close(call_free_gating(gating, *inputs), call_free_gating(gating_reference, *inputs), 1e-13)
     assert_as_good_as_reference(draws, call_free_gating, gating_reference, gating, 70)
@@ -209,18 +215,23 @@ def draw_experts(seed):
     return x, w1, w2, w3, ids, weights, dout
 
 
-def call_experts(module, x, w1, w2, w3, ids, weights, dout):
-    out, saved = module.forward(x, w1, w2, w3, ids, weights, keep=True)
-    alone, nothing = module.forward(x, w1, w2, w3, ids, weights)
+def call_experts(module, x, w1, w2, w3, ids, weights, dout, activation="silu"):
+    out, saved = module.forward(x, w1, w2, w3, ids, weights, True, activation)
+    alone, nothing = module.forward(x, w1, w2, w3, ids, weights, activation=activation)
     np.testing.assert_array_equal(alone, out)
     assert nothing is None
     kept = [saved.gate_in, saved.up, saved.slots]
-    return [out, *kept, *module.backward(dout, x, w1, w2, w3, weights, saved)]
+    return [out, *kept, *module.backward(dout, x, w1, w2, w3, weights, saved, activation)]
 
 
-def test_experts():
+def call_gelu_experts(*inputs):
+    return call_experts(*inputs, "gelu_tanh")
+
+
+@pytest.mark.parametrize("call", [call_experts, call_gelu_experts])
+def test_experts(call):
     draws = [draw_experts(seed) for seed in range(48)]
-    assert_parity(draws, call_experts, experts_reference, experts, 403, stored={1, 2, 3})
+    assert_parity(draws, call, experts_reference, experts, 403, stored={1, 2, 3})
 
 
 def test_dispatch_equals_the_reference():
@@ -288,14 +299,19 @@ def draw_attention(seed):
     return (q, k, v, q_pos, k_pos, window, dout) if seen > 1 else draw_attention(seed + 1000)
 
 
-def call_attention(module, q, k, v, q_pos, k_pos, window, dout):
-    out, lse = module.forward(q, k, v, q_pos, k_pos, window)
-    return [out, lse, *module.backward(dout, q, k, v, q_pos, k_pos, window, out, lse)]
+def call_attention(module, q, k, v, q_pos, k_pos, window, dout, scale=None, cap=None):
+    out, lse = module.forward(q, k, v, q_pos, k_pos, window, scale, cap)
+    return [out, lse, *module.backward(dout, q, k, v, q_pos, k_pos, window, out, lse, scale, cap)]
 
 
-def test_attention():
+def call_capped_attention(*inputs):
+    return call_attention(*inputs, 0.4, 3.0)
+
+
+@pytest.mark.parametrize("call", [call_attention, call_capped_attention])
+def test_attention(call):
     draws = [draw_attention(seed) for seed in range(48)]
-    assert_parity(draws, call_attention, attention_reference, attention, 700, stored={1, 2})
+    assert_parity(draws, call, attention_reference, attention, 700, stored={1, 2})
 
 
 @pytest.mark.parametrize("stored", [np.float32, BFLOAT16])

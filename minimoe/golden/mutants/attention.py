@@ -61,9 +61,7 @@ def _scale(name: str, says: str, factor: str) -> Mutant:
     return Mutant(
         name, says, right, "op",
         (
-            room("attention", "* q.shape[-1] ** -0.5", f"* {factor}"),
-            room("attention", "dq = dscores @ kh[:, :, None] * C**-0.5", f"dq = dscores @ kh[:, :, None] * {factor}"),
-            room("attention", ".sum(axis=2) * C**-0.5", f".sum(axis=2) * {factor}"),
+            room("attention", "return q.shape[-1] ** -0.5 if", f"return {factor} if"),
         ),
     )  # fmt: skip
 
@@ -132,9 +130,9 @@ ATTENTION = [
         "scale the queries before the product, or accumulate and scale in float32",
         "op",
         (
-            room("attention", "    scores = matmul(qg, kh[:, :, None].swapaxes(-1, -2)) * q.shape[-1] ** -0.5",
+            room("attention", "    scores = matmul(qg, kh[:, :, None].swapaxes(-1, -2)) * _factor(q, scale)",
                  "    scores = matmul(qg, kh[:, :, None].swapaxes(-1, -2)).astype(xp.float16).astype(q.dtype)\n"
-                 "    scores = scores * q.shape[-1] ** -0.5"),
+                 "    scores = scores * _factor(q, scale)"),
         ),
         profiles=("float16",),
     ),

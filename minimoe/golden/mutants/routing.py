@@ -9,7 +9,7 @@ _EXPS = "exps = xp.exp(chosen - chosen.max(axis=-1, keepdims=True))"
 _WEIGHTS = "weights = exps / exps.sum(axis=-1, keepdims=True)"
 _ALL = "xp.exp(logits - chosen.max(axis=-1, keepdims=True)).sum(axis=-1, keepdims=True)"
 _TOP = 'xp.argsort(-candidates, axis=-1, kind="stable")[:, :k]'
-_CHOSEN = "dchosen = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True))"
+_CHOSEN = "dchosen = weights * (dweights - mean)"
 _SCATTERED = "dlogits = scattered if dlogits is None else dlogits + scattered"
 _SOFTMAX = (
     "full = matmul(x, gate.T)\n"
@@ -226,7 +226,7 @@ EXPERTS = [
         "w3-forgotten",
         "hidden states are silu(w1 · x) alone: the product with w3 · x is missing",
         "w2 · (silu(w1 · x) ⊙ (w3 · x))",
-        ("hidden = silu(gate_in[rows]) * up[rows]", "hidden = silu(gate_in[rows])"),
+        ("hidden = act(gate_in[rows], activation) * up[rows]", "hidden = act(gate_in[rows], activation)"),
         inference_only=True,
     ),
     _capacity("1.0"),

@@ -6,9 +6,11 @@ scores[t, s] = q[t] · k[s] / sqrt(C)        query head h reads key/value head h
 probs[t]     = softmax over the visible s
 out[t]       = Σ_s probs[t, s] · v[s]       zeros where no key is visible
 
+Where a cap is given, scores[t, s] = cap · tanh(q[t] · k[s] / sqrt(C) / cap), before the softmax: none exceeds the cap.
+
 Positions instead of masks: the slots of a rolling cache need no unrolling, and padding or an empty slot carries
 position -1. Sources: Vaswani et al., arXiv 1706.03762, equation 1; Ainslie et al. (GQA), arXiv 2305.13245;
-Jiang et al. (Mistral 7B, the window), arXiv 2310.06825, section 2.
+Jiang et al. (Mistral 7B, the window), arXiv 2310.06825, section 2; xAI, Grok-1 (the cap), released code, 2024.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Attention(Protocol):
 
     explain: Callable[..., dict[str, Array]]
     """What happens inside, computed by the reference whatever the dialect, from `forward`'s inputs without v: `scores`
-    (-inf where invisible) and `probs`, both (B, H, T, S)."""
+    (capped; -inf where invisible) and `probs`, both (B, H, T, S)."""
 
     def forward(
         self,
@@ -36,6 +38,8 @@ class Attention(Protocol):
         q_pos: Int[Array, "B T"],
         k_pos: Int[Array, "B S"],
         window: int | None,
+        scale: float | None = None,
+        cap: float | None = None,
     ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
         """Attend.
 
@@ -47,6 +51,8 @@ class Attention(Protocol):
         q_pos, k_pos : (B, T), (B, S) positions; -1 marks padding and empty slots. Keys may stand in any order, but no
             position twice in a sequence
         window : W, or None
+        scale : what q · k is multiplied by; None is 1 / sqrt(C)
+        cap : positive, the bound of a score; None is none
 
         Returns
         -------
@@ -65,5 +71,7 @@ class Attention(Protocol):
         window: int | None,
         out: Float[Array, "B T H C"],
         lse: Float[Array, "B T H"],
+        scale: float | None = None,
+        cap: float | None = None,
     ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
         """Return dq, dk, dv. The probabilities are computed again from lse instead of being kept."""

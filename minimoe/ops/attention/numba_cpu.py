@@ -23,13 +23,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, exp, four_dots, jit, rounded, storage, widen
+from minimoe.loops import FAST, exp, four_dots, jit, rounded, storage, tanh, widen
 from minimoe.shapes import Array
 
 LANES = 64  # queries per block; four vectors of 512 bits in float32
 FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 UNBOUNDED = 1 << 62  # a window that sees everything
+UNCAPPED = 0.0
 FMA = FAST - {"reassoc"}  # elementwise loops need no other order of additions
 
 
@@ -40,12 +41,15 @@ def forward(
     q_pos: Int[Array, "B T"],
     k_pos: Int[Array, "B S"],
     window: int | None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
     (B, T, H, C), K = q.shape, k.shape[2]
     q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
+    window, scale, cap = _scalars(C, window, scale, cap)
     out, lse = np.empty(q.shape, q.dtype), np.empty((B, T, H), q.dtype)
     run = _forward_few if T * (H // K) <= FEW_QUERIES else _forward
-    run(q, k, v, q_pos, k_pos, UNBOUNDED if window is None else window, C**-0.5, bf16, out, lse)
+    run(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse)
     return out, lse
 
 
@@ -59,14 +63,21 @@ def backward(
     window: int | None,
     out: Float[Array, "B T H C"],
     lse: Float[Array, "B T H"],
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
-    C = q.shape[3]
     q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
     dout, out, lse = (np.ascontiguousarray(x) for x in (dout, out, lse))
     dq, dk, dv = np.empty_like(q), np.empty(k.shape, q.dtype), np.empty(v.shape, q.dtype)
-    window = UNBOUNDED if window is None else window
-    _backward(dout, q, k, v, q_pos, k_pos, window, C**-0.5, bf16, out, lse, dq, dk, dv)
+    window, scale, cap = _scalars(q.shape[3], window, scale, cap)
+    _backward(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv)
     return dq, dk, dv
+
+
+def _scalars(C: int, window: int | None, scale: float | None, cap: float | None) -> tuple[int, float, float]:
+    """Window, scale and cap of one type each, whether given or not: one compiled loop serves all."""
+    scale = C**-0.5 if scale is None else float(scale)
+    return UNBOUNDED if window is None else window, scale, UNCAPPED if cap is None else float(cap)
 
 
 def _prepared(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array) -> tuple[Array, ...]:
@@ -80,7 +91,7 @@ def _prepared(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array) -> tuple
 
 
 @jit(parallel=True, fastmath=FMA)
-def _forward(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse):
+def _forward(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
     B, T, K = q.shape[0], q.shape[1], k.shape[2]
     G = q.shape[2] // K
     blocks = (T * G + LANES - 1) // LANES
@@ -89,13 +100,13 @@ def _forward(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse):
         # A late block sees more keys than an early one: an item does one from either end.
         b, kh, early = item // (K * pairs), item // pairs % K, np.int64(item % pairs)
         late = blocks - 1 - early
-        _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, early)
+        _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh, early)
         if late > early:
-            _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, late)
+            _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh, late)
 
 
 @jit(fastmath=FMA)
-def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, block):
+def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh, block):
     T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
     start, lanes = block * LANES, min(LANES, T * G - block * LANES)
     position = np.full(LANES, -1, np.int64)
@@ -109,6 +120,8 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, 
     _add_columns(scores, rows, qT, 0, LANES, LANES)
     top = np.full(LANES, -np.inf, q.dtype)
     _mask(scores, position, lanes, k_pos[b], first, last, window, q.dtype.type(scale))
+    if cap != UNCAPPED:
+        _cap(scores, q.dtype.type(cap))
     for s in range(scores.shape[0]):
         row = scores[s]
         for lane in range(LANES):
@@ -143,15 +156,15 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh, 
 
 
 @jit(parallel=True, fastmath=FMA)
-def _backward(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv):
+def _backward(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv):
     K = k.shape[2]
     for item in numba.prange(q.shape[0] * K):
         # One thread owns the gradients of a key/value head and takes its queries in order: no race, one order of sums.
-        _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv, item // K, item % K)
+        _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv, item // K, item % K)
 
 
 @jit(fastmath=FMA)
-def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, dq, dk, dv, b, kh):
+def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv, b, kh):
     (T, H, C), (S, K) = q.shape[1:], k.shape[1:3]
     G = H // K
     factor = q.dtype.type(scale)
@@ -176,6 +189,10 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, d
         probs = np.zeros((last - first, LANES), q.dtype)
         _add_columns(probs, seen_keys, qT, 0, LANES, LANES)
         _mask(probs, position, lanes, k_pos[b], first, min(last, S), window, factor)
+        slopes = np.empty((0, LANES), q.dtype)
+        if cap != UNCAPPED:
+            slopes = np.empty(probs.shape, q.dtype)
+            _cap_with_slopes(probs, q.dtype.type(cap), slopes)
         for s in range(probs.shape[0]):
             row = probs[s]
             for lane in range(LANES):
@@ -190,6 +207,11 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, d
             drow, row = dscores[s], probs[s]
             for lane in range(LANES):
                 drow[lane] = row[lane] * (drow[lane] - delta[lane]) * factor
+        if cap != UNCAPPED:
+            for s in range(probs.shape[0]):
+                drow, slope = dscores[s], slopes[s]
+                for lane in range(LANES):
+                    drow[lane] *= slope[lane]
         _add_product(dkeys[first:last], dscores, _load_queries(q, b, kh, G, start, lanes))
         dqT = np.zeros((keys.shape[1], LANES), q.dtype)
         _add_columns(dqT, seen_keys.T, dscores, 0, LANES, LANES)
@@ -230,6 +252,28 @@ def _mask(scores, q_pos, lanes, k_pos, first, last, window, scale):
             for lane in range(LANES):
                 distance = q_pos[lane] - position
                 row[lane] = row[lane] * scale if (distance >= 0) & (distance < window) else minus_inf
+
+
+@jit(fastmath=FMA)
+def _cap(scores, cap):
+    """Bound the visible scores: cap · tanh(score / cap). What is invisible stays -inf."""
+    minus_inf = scores.dtype.type(-np.inf)
+    for s in range(scores.shape[0]):
+        row = scores[s]
+        for lane in range(LANES):
+            row[lane] = minus_inf if row[lane] == minus_inf else cap * tanh(row[lane] / cap)
+
+
+@jit(fastmath=FMA)
+def _cap_with_slopes(scores, cap, slopes):
+    """`_cap`, and the slope of each score: d tanh(z) / dz = 1 - tanh(z)²."""
+    one, minus_inf = scores.dtype.type(1), scores.dtype.type(-np.inf)
+    for s in range(scores.shape[0]):
+        row, slope = scores[s], slopes[s]
+        for lane in range(LANES):
+            bounded = tanh(row[lane] / cap)
+            slope[lane] = one - bounded * bounded
+            row[lane] = minus_inf if row[lane] == minus_inf else cap * bounded
 
 
 @jit()
@@ -311,21 +355,21 @@ def _add_product(out, a, b):
 
 
 @jit(parallel=True)
-def _forward_few(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse):
+def _forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
     (B, H, S, K) = q.shape[0], q.shape[2], k.shape[1], k.shape[2]
     if B * H * S * q.shape[3] < FEW_PRODUCTS:
         for item in range(B * K):
-            _few_head(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, item // K, item % K)
+            _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, item // K, item % K)
     else:
         for item in numba.prange(B * K):
-            _few_head(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, item // K, item % K)
+            _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, item // K, item % K)
 
 
 @jit(fastmath=FMA)
-def _few_head(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh):
+def _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh):
     T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
     first, last = _seen(q_pos[b], k_pos[b], window)
-    factor, minus_inf = q.dtype.type(scale), q.dtype.type(-np.inf)
+    factor, bound, minus_inf = q.dtype.type(scale), q.dtype.type(cap), q.dtype.type(-np.inf)
     queries = np.empty((T * G, C), q.dtype)
     for i in range(T * G):
         for c in range(C):
@@ -337,7 +381,8 @@ def _few_head(q, k, v, q_pos, k_pos, window, scale, bf16, out, lse, b, kh):
         for i in range(T * G):
             four = four_dots(queries[i], k[b, s, kh], k[b, s1, kh], k[b, s2, kh], k[b, s3, kh])
             for j in range(4):
-                scores[i, s - first + j] = four[j] * factor
+                score = four[j] * factor
+                scores[i, s - first + j] = score if cap == UNCAPPED else bound * tanh(score / bound)
     sums = np.zeros((T * G, C), q.dtype)
     for i in range(T * G):
         t, h, p = i // G, kh * G + i % G, scores[i]

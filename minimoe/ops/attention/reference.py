@@ -22,8 +22,10 @@ def forward(
     q_pos: Int[Array, "B T"],
     k_pos: Int[Array, "B S"],
     window: int | None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
-    _, probs, lse = _softmax_scores(q, k, q_pos, k_pos, window)
+    _, probs, lse = _softmax_scores(q, k, q_pos, k_pos, window, scale, cap)
     out = matmul(probs, _by_head(v)[:, :, None])  # (B, K, G, T, S) @ (B, K, 1, S, C) -> (B, K, G, T, C)
     return _ungroup(out), _ungroup(lse[..., None])[..., 0]
 
@@ -38,9 +40,11 @@ def backward(
     window: int | None,
     out: Float[Array, "B T H C"],
     lse: Float[Array, "B T H"],
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
-    C, K = q.shape[-1], k.shape[2]
-    _, probs, _ = _softmax_scores(q, k, q_pos, k_pos, window)
+    xp, K, factor = xp_of(q), k.shape[2], _factor(q, scale)
+    scores, probs, _ = _softmax_scores(q, k, q_pos, k_pos, window, scale, cap)
     kh, vh = widen(_by_head(k)), widen(_by_head(v))  # (B, K, S, C)
     qg, doutg = _group(q, K), _group(dout, K)  # (B, K, G, T, C)
     # forward: out = probs · v, and v serves the G query heads of its group
@@ -49,9 +53,12 @@ def backward(
     # forward: probs = softmax(scores);  Σ_s probs · dprobs = dout · out
     delta = (doutg * _group(out, K)).sum(axis=-1, keepdims=True)  # (B, K, G, T, 1)
     dscores = probs * (dprobs - delta)
+    if cap is not None:
+        # forward: scores = cap · tanh(scores / cap);  d tanh(z) / dz = 1 - tanh(z)²
+        dscores = dscores * (1 - (xp.where(xp.isneginf(scores), 0, scores) / cap) ** 2)
     # forward: scores = q · kᵀ / sqrt(C)
-    dq = dscores @ kh[:, :, None] * C**-0.5
-    dk = (dscores.swapaxes(-1, -2) @ qg).sum(axis=2) * C**-0.5
+    dq = dscores @ kh[:, :, None] * factor
+    dk = (dscores.swapaxes(-1, -2) @ qg).sum(axis=2) * factor
     return _ungroup(dq), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
 
 
@@ -61,19 +68,23 @@ def explain(
     q_pos: Int[Array, "B T"],
     k_pos: Int[Array, "B S"],
     window: int | None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> dict[str, Array]:
-    """Return the inner arrays by name: `scores` (-inf where invisible) and `probs`, both (B, H, T, S)."""
-    scores, probs, _ = _softmax_scores(q, k, q_pos, k_pos, window)
+    """Return the inner arrays by name: `scores` (capped; -inf where invisible) and `probs`, both (B, H, T, S)."""
+    scores, probs, _ = _softmax_scores(q, k, q_pos, k_pos, window, scale, cap)
     B, K, G, T, S = scores.shape
     return {"scores": scores.reshape(B, K * G, T, S), "probs": probs.reshape(B, K * G, T, S)}
 
 
 def _softmax_scores(
-    q: Array, k: Array, q_pos: Array, k_pos: Array, window: int | None
+    q: Array, k: Array, q_pos: Array, k_pos: Array, window: int | None, scale: float | None, cap: float | None
 ) -> tuple[Float[Array, "B K G T S"], Float[Array, "B K G T S"], Float[Array, "B K G T"]]:
     xp = xp_of(q)
     qg, kh = _group(q, k.shape[2]), _by_head(k)  # (B, K, G, T, C), (B, K, S, C)
-    scores = matmul(qg, kh[:, :, None].swapaxes(-1, -2)) * q.shape[-1] ** -0.5  # (B, K, G, T, S)
+    scores = matmul(qg, kh[:, :, None].swapaxes(-1, -2)) * _factor(q, scale)  # (B, K, G, T, S)
+    if cap is not None:
+        scores = cap * xp.tanh(scores / cap)
     scores = xp.where(visible(q_pos, k_pos, window)[:, None, None], scores, -xp.inf)
     top = scores.max(axis=-1, keepdims=True)
     top = xp.where(xp.isneginf(top), 0, top)  # no visible key: exp(-inf) = 0, not NaN
@@ -83,6 +94,11 @@ def _softmax_scores(
     probs = weights / xp.where(nothing, 1, total)
     lse = xp.where(nothing, -xp.inf, top + xp.log(xp.where(nothing, 1, total)))
     return scores, probs, lse[..., 0]
+
+
+def _factor(q: Float[Array, "B T H C"], scale: float | None) -> float:
+    """What q · k is multiplied by."""
+    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _group(x: Float[Array, "B T H C"], K: int) -> Float[Array, "B K G T C"]:

@@ -1,14 +1,18 @@
-"""The experts: dropless dispatch, SwiGLU feed-forward networks, combine.
+"""The experts: dropless dispatch, gated feed-forward networks, combine.
 
-expert_e(x) = w2_e · (silu(w1_e · x) ⊙ (w3_e · x))         silu(z) = z / (1 + exp(-z))
+expert_e(x) = w2_e · (act(w1_e · x) ⊙ (w3_e · x))
 out[n]      = Σ_slot weights[n, slot] · expert_{ids[n, slot]}(x[n])      slots in order 0..k-1
+
+act is silu(z) = z · sigmoid(z) (SwiGLU: Mixtral) or gelu_tanh(z) = z/2 · (1 + tanh(u)), u = sqrt(2/π) (z + 0.044715 z³)
+(GeGLU: Grok-1), which is z · sigmoid(2 u).
 
 Every (token, slot) pair is served, whatever the load (no capacity, nothing dropped): pairs are sorted by expert with a
 counting sort, each expert multiplies its contiguous segment, results go back to their slots. No atomics anywhere, so
 the result does not depend on scheduling.
 
 Sources: Jiang et al., Mixtral of Experts, arXiv 2401.04088, section 2.1; Shazeer, GLU Variants Improve Transformer,
-arXiv 2002.05202, equation 6; Gale et al., MegaBlocks, arXiv 2211.15841 (dropless dispatch).
+arXiv 2002.05202, equations 5 and 6; Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415, section 2
+(its tanh form); Gale et al., MegaBlocks, arXiv 2211.15841 (dropless dispatch).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Protocol
 
 from jaxtyping import Float, Int
 
+from minimoe.config import ACTIVATIONS
 from minimoe.quantized import Int8
 from minimoe.shapes import Array
 
@@ -31,7 +36,7 @@ class Saved:
     ----------
     pairs : (M,) which pair n·k + slot stands in each row
     offsets : (E + 1,) segment e is rows offsets[e] to offsets[e + 1]
-    gate_in, up : (M, F) w1_e · x, the input of SwiGLU's own gate (which is not the router's), and w3_e · x
+    gate_in, up : (M, F) w1_e · x, the input of the expert's own gate (which is not the router's), and w3_e · x
     slots : (N, k, D) expert outputs, before weighting; zeros where not routed
     """
 
@@ -40,6 +45,12 @@ class Saved:
     gate_in: Float[Array, "M F"]
     up: Float[Array, "M F"]
     slots: Float[Array, "N k D"]
+
+
+def check_activation(name: str) -> None:
+    """Raise ValueError where an expert has no such activation."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {name!r}")
 
 
 class Experts(Protocol):
@@ -58,6 +69,7 @@ class Experts(Protocol):
         ids: Int[Array, "N k"],
         weights: Float[Array, "N k"],
         keep: bool = False,
+        activation: str = "silu",
     ) -> tuple[Float[Array, "N D"], Saved | None]:
         """Send every token through its experts and combine.
 
@@ -68,6 +80,7 @@ class Experts(Protocol):
         ids : (N, k); -1 = not routed
         weights : (N, k); 0 where not routed
         keep : whether a backward will follow
+        activation : {"silu", "gelu_tanh"}
 
         Returns
         -------
@@ -84,6 +97,7 @@ class Experts(Protocol):
         w3: Sequence[Float[Array, "F D"]],
         weights: Float[Array, "N k"],
         saved: Saved,
+        activation: str = "silu",
     ) -> tuple[
         Float[Array, "N D"], Float[Array, "E F D"], Float[Array, "E D F"], Float[Array, "E F D"], Float[Array, "N k"]
     ]:

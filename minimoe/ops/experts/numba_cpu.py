@@ -1,15 +1,16 @@
 """Experts on the CPU: counting sort, one BLAS product per non-empty segment, fused loops around it.
 
-Many tokens: rows are gathered in the order of experts, every expert multiplies its contiguous segment, SwiGLU runs over
-all rows at once, and the combine reads each token's k results in slot order.
+Many tokens: rows are gathered in the order of experts, every expert multiplies its contiguous segment, the activation
+runs over all rows at once, and the combine reads each token's k results in slot order.
 
 Few tokens (decode): the time is that of reading the chosen experts' weights, so two fused loops read each chosen weight
-once, whatever the number of tokens that share it: hidden = silu(w1 x) ⊙ (w3 x) for all rows of w1 and w3, then
+once, whatever the number of tokens that share it: hidden = act(w1 x) ⊙ (w3 x) for all rows of w1 and w3, then
 slots = w2 hidden. The experts come as a table of addresses: one compiled loop for any E, stacked or memory-mapped.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numba
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
 from minimoe.loops import FAST, address, dots, jit, pointer, rounded, sigmoid, storage
-from minimoe.ops.experts import Saved
+from minimoe.ops.experts import Saved, check_activation
 from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
@@ -27,6 +28,7 @@ FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
 ROWS = 32  # of a block, the work that is dealt to threads
+ROOT, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # gelu_tanh(z) = z · sigmoid(ROOT · (z + CUBE · z³))
 
 
 def forward(
@@ -37,8 +39,10 @@ def forward(
     ids: Int[Array, "N k"],
     weights: Float[Array, "N k"],
     keep: bool = False,
+    activation: str = "silu",
 ) -> tuple[Float[Array, "N D"], Saved | None]:
-    (N, D), k, F = x.shape, ids.shape[1], w1[0].shape[0]
+    check_activation(activation)
+    (N, D), k, F, gelu = x.shape, ids.shape[1], w1[0].shape[0], activation == "gelu_tanh"
     x = operand(x, w1[0])
     weights = np.ascontiguousarray(weights, x.dtype)
     pairs, offsets, place = _dispatch(np.ascontiguousarray(ids), len(w1))
@@ -48,7 +52,7 @@ def forward(
     chosen = [e for e, _ in _segments(offsets)] if N <= FEW_ROWS else []
     views = [w[e] for w in (w1, w2, w3) for e in chosen]
     if N <= FEW_ROWS and _alike(x, views):
-        gate_in, up, ys = _few(x, views, F, pairs, offsets, k)
+        gate_in, up, ys = _few(x, views, F, pairs, offsets, k, gelu)
     else:
         xs = np.empty((len(pairs), D), x.dtype)
         _gather(x, pairs, k, xs)  # (N, D) -> (M, D)
@@ -57,7 +61,7 @@ def forward(
         halves = ((w1, gate_in), (w3, up))  # each (M_e, D) -> (M_e, F)
         compute([Product([(xs[rows], w[e].T)], y[rows]) for e, rows in segments for w, y in halves])
         hidden = np.empty_like(up)
-        _swiglu(gate_in, up, is_bfloat16(w2[0]), hidden)
+        _activate(gate_in, up, gelu, is_bfloat16(w2[0]), hidden)
         ys = xs  # xs is read no more, and has the shape of the results
         compute([Product([(hidden[rows], w2[e].T)], ys[rows]) for e, rows in segments])  # (M_e, F) -> (M_e, D)
     _combine(ys, place, weights, out, slots)
@@ -72,6 +76,7 @@ def backward(
     w3: Sequence[Float[Array, "F D"]],
     weights: Float[Array, "N k"],
     saved: Saved,
+    activation: str = "silu",
 ) -> tuple[
     Float[Array, "N D"], Float[Array, "E F D"], Float[Array, "E D F"], Float[Array, "E F D"], Float[Array, "N k"]
 ]:
@@ -84,12 +89,12 @@ def backward(
     xs, dys = np.empty((M, D), x.dtype), np.empty((M, D), x.dtype)
     _gather(np.ascontiguousarray(x), pairs, k, xs)
     _gather_weighted(dout, weights.reshape(-1), pairs, k, dys)
-    # forward: y = hidden · w2ᵀ, hidden = silu(gate_in) ⊙ up
+    # forward: y = hidden · w2ᵀ, hidden = act(gate_in) ⊙ up
     dhidden = np.empty((M, F), x.dtype)
     segments = _segments(offsets)
     compute([Product([(dys[rows], w2[e])], dhidden[rows]) for e, rows in segments])  # (M_e, D) -> (M_e, F)
     hidden, dgate_in = np.empty_like(dhidden), np.empty_like(dhidden)
-    _swiglu_backward(saved.gate_in, saved.up, dhidden, hidden, dgate_in)
+    _activate_backward(saved.gate_in, saved.up, activation == "gelu_tanh", dhidden, hidden, dgate_in)
     dup = dhidden
     # forward: gate_in = xe · w1ᵀ, up = xe · w3ᵀ
     dw1, dw2, dw3 = (np.empty((E, *shape), x.dtype) for shape in ((F, D), (D, F), (F, D)))
@@ -130,6 +135,7 @@ def _few(
     pairs: Int[Array, " M"],
     offsets: Int[Array, " E+1"],
     k: int,
+    gelu: bool,
 ) -> tuple[Float[Array, "M F"], Float[Array, "M F"], Float[Array, "M D"]]:
     M, D = len(pairs), x.shape[1]
     gate_in, up, hidden = (np.empty((M, F), x.dtype) for _ in range(3))
@@ -139,12 +145,12 @@ def _few(
         table = np.array([[address(w) for w, _ in held], [address(scale) for _, scale in held]], np.int64)
         dtype = storage(held[0][0]).dtype
         table = table.reshape(2, 3, -1)
-        _experts_few(x, table, dtype, is_bfloat16(views[0]), pairs, offsets, k, gate_in, up, hidden, ys)
+        _experts_few(x, table, dtype, gelu, is_bfloat16(views[0]), pairs, offsets, k, gate_in, up, hidden, ys)
     return gate_in, up, ys
 
 
 @jit(parallel=True)
-def _experts_few(x, table, dtype, bf16, pairs, offsets, k, gate_in, up, hidden, ys):
+def _experts_few(x, table, dtype, gelu, bf16, pairs, offsets, k, gate_in, up, hidden, ys):
     """A work item is a block of ROWS rows.
 
     `table` (2, 3, chosen): where w1, w2 and w3 of each chosen expert lie, and the scales of their rows (0 = none).
@@ -160,21 +166,21 @@ def _experts_few(x, table, dtype, bf16, pairs, offsets, k, gate_in, up, hidden, 
     if 3 * M * F * D < FEW_PRODUCTS:
         for i in range(chosen * ups):
             start = ROWS * (i % ups)
-            _hidden_rows(x, table, dtype, bf16, pairs, segments, k, i // ups, start, gate_in, up, hidden)
+            _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments, k, i // ups, start, gate_in, up, hidden)
         for i in range(chosen * downs):
             _output_rows(table, dtype, segments, i // downs, ROWS * (i % downs), hidden, ys)
     else:
         for item in numba.prange(chosen * ups):
             block = np.int64(item)  # prange counts unsigned
             start = ROWS * (block % ups)
-            _hidden_rows(x, table, dtype, bf16, pairs, segments, k, block // ups, start, gate_in, up, hidden)
+            _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments, k, block // ups, start, gate_in, up, hidden)
         for item in numba.prange(chosen * downs):
             block = np.int64(item)
             _output_rows(table, dtype, segments, block // downs, ROWS * (block % downs), hidden, ys)
 
 
 @jit()
-def _hidden_rows(x, table, dtype, bf16, pairs, segments, k, i, start, gate_in, up, hidden):
+def _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments, k, i, start, gate_in, up, hidden):
     """ROWS rows from `start` of w1, then of w3, of chosen expert i, for all its tokens."""
     F, D = gate_in.shape[1], x.shape[1]
     w1 = numba.carray(pointer(np.uintp(table[0, 0, i])), (F, D), dtype)
@@ -184,9 +190,7 @@ def _hidden_rows(x, table, dtype, bf16, pairs, segments, k, i, start, gate_in, u
         xe, g, u, h = x[pairs[row] // k], gate_in[row], up[row], hidden[row]
         dots(xe, w1, table[1, 0, i], start, stop, g)
         dots(xe, w3, table[1, 2, i], start, stop, u)
-        for f in range(start, stop):
-            value = g[f] * sigmoid(g[f]) * u[f]
-            h[f] = rounded(value) if bf16 else value
+        _activate_row(g[start:stop], u[start:stop], gelu, bf16, h[start:stop])
 
 
 @jit()
@@ -249,32 +253,47 @@ def _gather_weighted(dout, weights, pairs, k, dys):
 
 
 @jit(parallel=True)
-def _swiglu(gate_in, up, bf16, hidden):
+def _activate(gate_in, up, gelu, bf16, hidden):
     for row in numba.prange(len(up)):
-        g, u, h = gate_in[row], up[row], hidden[row]
-        for f in range(up.shape[1]):
-            h[f] = g[f] * sigmoid(g[f]) * u[f]
-        if bf16:
-            for f in range(up.shape[1]):
-                h[f] = rounded(h[f])
+        _activate_row(gate_in[row], up[row], gelu, bf16, hidden[row])
+
+
+@jit()
+def _activate_row(gate_in, up, gelu, bf16, hidden):
+    root, cube = up.dtype.type(ROOT), up.dtype.type(CUBE)
+    for f in range(len(up)):
+        z = gate_in[f]
+        bend = root * (z + cube * z * z * z) if gelu else z
+        hidden[f] = z * sigmoid(bend) * up[f]
+    if bf16:
+        for f in range(len(up)):
+            hidden[f] = rounded(hidden[f])
 
 
 @jit(parallel=True)
-def _swiglu_backward(gate_in, up, dhidden, hidden, dgate_in):
+def _activate_backward(gate_in, up, gelu, dhidden, hidden, dgate_in):
     """Fill hidden and dgate_in, and put dup in the place of dhidden.
 
     Under two names that memory would keep the loop from vectorising: it would look as if one step could feed the next.
     """
-    one = up.dtype.type(1)
     for row in numba.prange(len(up)):
-        g, u, dh, h, dg = gate_in[row], up[row], dhidden[row], hidden[row], dgate_in[row]
-        for f in range(up.shape[1]):
-            s = sigmoid(g[f])
-            act = g[f] * s
-            # forward: hidden = silu(gate_in) ⊙ up;  d silu / dz = s · (1 + z · (1 - s))
-            h[f] = act * u[f]
-            dg[f] = dh[f] * u[f] * (s * (one + g[f] * (one - s)))
-            dh[f] = dh[f] * act
+        _activate_row_backward(gate_in[row], up[row], gelu, dhidden[row], hidden[row], dgate_in[row])
+
+
+@jit()
+def _activate_row_backward(g, u, gelu, dh, h, dg):
+    # forward: hidden = act(gate_in) ⊙ up
+    # act = z · s, s = sigmoid(bend(z));  d act / dz = s · (1 + z · (1 - s) · bend'(z)), and silu's bend is z
+    one, root, cube, steep = u.dtype.type(1), u.dtype.type(ROOT), u.dtype.type(CUBE), u.dtype.type(3 * ROOT * CUBE)
+    for f in range(len(u)):
+        z = g[f]
+        bend = root * (z + cube * z * z * z) if gelu else z
+        slope = root + steep * z * z if gelu else one
+        s = sigmoid(bend)
+        act = z * s
+        h[f] = act * u[f]
+        dg[f] = dh[f] * u[f] * (s * (one + z * (one - s) * slope))
+        dh[f] = dh[f] * act
 
 
 @jit(parallel=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from jaxtyping import Float, Int
 
 from minimoe.arrays import matmul, to_host, widen, xp_of
-from minimoe.ops.experts import Saved
+from minimoe.ops.experts import Saved, check_activation
 from minimoe.quantized import Int8
 from minimoe.shapes import Array
+
+_ROOT = 2 * math.sqrt(2 / math.pi)
 
 
 def dispatch(ids: Int[Array, "N k"], num_experts: int) -> tuple[Int[Array, " M"], Int[Array, " E+1"]]:
@@ -43,7 +46,9 @@ def forward(
     ids: Int[Array, "N k"],
     weights: Float[Array, "N k"],
     keep: bool = False,
+    activation: str = "silu",
 ) -> tuple[Float[Array, "N D"], Saved | None]:
+    check_activation(activation)
     xp = xp_of(x)
     (N, D), (_, k), F = x.shape, ids.shape, w1[0].shape[0]
     pairs, offsets = dispatch(ids, len(w1))
@@ -54,7 +59,7 @@ def forward(
         xe = x[pairs[rows] // k]  # (N, D) -> (M_e, D)
         gate_in[rows] = matmul(xe, w1[e].T)  # (M_e, F)
         up[rows] = matmul(xe, w3[e].T)
-        hidden = silu(gate_in[rows]) * up[rows]
+        hidden = act(gate_in[rows], activation) * up[rows]
         slots[pairs[rows]] = matmul(hidden, w2[e].T)  # (M_e, F) -> (M_e, D)
     slots = slots.reshape(N, k, D)
     out = _sum_slots(weights[:, :, None] * slots)
@@ -69,6 +74,7 @@ def backward(
     w3: Sequence[Float[Array, "F D"]],
     weights: Float[Array, "N k"],
     saved: Saved,
+    activation: str = "silu",
 ) -> tuple[
     Float[Array, "N D"], Float[Array, "E F D"], Float[Array, "E D F"], Float[Array, "E F D"], Float[Array, "N k"]
 ]:
@@ -83,12 +89,13 @@ def backward(
     for e, rows in _segments(saved.offsets):
         pairs = saved.pairs[rows]
         xe, dy = x[pairs // k], dslots[pairs]  # (M_e, D)
-        act, up = silu(saved.gate_in[rows]), saved.up[rows]  # (M_e, F)
-        # forward: y = hidden · w2ᵀ, hidden = silu(gate_in) ⊙ up
-        dw2[e] = dy.T @ (act * up)
+        gate_in, up = saved.gate_in[rows], saved.up[rows]  # (M_e, F)
+        opened = act(gate_in, activation)
+        # forward: y = hidden · w2ᵀ, hidden = act(gate_in) ⊙ up
+        dw2[e] = dy.T @ (opened * up)
         dhidden = dy @ widen(w2[e])  # (M_e, F)
-        dup = dhidden * act
-        dgate_in = dhidden * up * silu_slope(saved.gate_in[rows])
+        dup = dhidden * opened
+        dgate_in = dhidden * up * act_slope(gate_in, activation)
         # forward: gate_in = xe · w1ᵀ, up = xe · w3ᵀ
         dw1[e], dw3[e] = dgate_in.T @ xe, dup.T @ xe
         dx_slots[pairs] = dgate_in @ widen(w1[e]) + dup @ widen(w3[e])
@@ -103,19 +110,30 @@ def explain(
     w3: Sequence[Float[Array, "F D"] | Int[Int8, "F D"]],
     ids: Int[Array, "N k"],
     weights: Float[Array, "N k"],
+    activation: str = "silu",
 ) -> dict[str, Array]:
     """Return the inner arrays by name: `hidden` (N, k, F) and `slots` (N, k, D), zeros where not routed."""
     xp = xp_of(x)
     N, k = ids.shape
-    _, saved = forward(x, w1, w2, w3, ids, weights, keep=True)
+    _, saved = forward(x, w1, w2, w3, ids, weights, True, activation)
     assert saved is not None
     hidden = xp.zeros((N * k, saved.up.shape[1]), x.dtype)
-    hidden[saved.pairs] = silu(saved.gate_in) * saved.up
+    hidden[saved.pairs] = act(saved.gate_in, activation) * saved.up
     return {"hidden": hidden.reshape(N, k, -1), "slots": saved.slots}
 
 
+def act(z: Array, activation: str) -> Array:
+    """The activation; exp(-|z|) never overflows."""
+    return silu(z) if activation == "silu" else gelu_tanh(z)
+
+
+def act_slope(z: Array, activation: str) -> Array:
+    """d act / dz."""
+    return silu_slope(z) if activation == "silu" else gelu_tanh_slope(z)
+
+
 def silu(z: Array) -> Array:
-    """z · sigmoid(z); exp(-|z|) never overflows."""
+    """z · sigmoid(z)."""
     return z * sigmoid(z)
 
 
@@ -123,6 +141,21 @@ def silu_slope(z: Array) -> Array:
     """d silu / dz = s · (1 + z · (1 - s)), s = sigmoid(z)."""
     s = sigmoid(z)
     return s * (1 + z * (1 - s))
+
+
+def gelu_tanh(z: Array) -> Array:
+    """z/2 · (1 + tanh(u)) = z · sigmoid(2 u), u = sqrt(2/π) (z + 0.044715 z³); 2 u is the bend of z."""
+    return z * sigmoid(_bend(z))
+
+
+def gelu_tanh_slope(z: Array) -> Array:
+    """d gelu_tanh / dz = s · (1 + z · (1 - s) · d bend / dz), s = sigmoid(bend)."""
+    s = sigmoid(_bend(z))
+    return s * (1 + z * (1 - s) * (_ROOT * (1 + 3 * 0.044715 * z * z)))
+
+
+def _bend(z: Array) -> Array:
+    return _ROOT * (z + 0.044715 * z * z * z)
 
 
 def sigmoid(z: Array) -> Array:

@@ -26,6 +26,7 @@ def forward(
     active: Bool[Array, " N"] | None = None,
     allowed: Bool[Array, " E"] | None = None,
     ids: Int[Array, "N k"] | None = None,
+    renormalise: bool = True,
 ) -> tuple[Float[Array, "N E"], Int[Array, "N k"], Float[Array, "N k"]]:
     N, E = len(x), len(gate)
     x = operand(x, gate)
@@ -39,7 +40,7 @@ def forward(
     weights = np.empty(ids.shape, logits.dtype)
     active = np.ones(N, np.bool_) if active is None else np.ascontiguousarray(active, np.bool_)
     allowed = np.ones(E, np.bool_) if allowed is None else np.ascontiguousarray(allowed, np.bool_)
-    _choose_all(logits, allowed, active, forced, ids, weights)
+    _choose_all(logits, allowed, active, forced, renormalise, ids, weights)
     return logits, ids, weights
 
 
@@ -50,12 +51,13 @@ def backward(
     gate: Float[Array, "E D"],
     ids: Int[Array, "N k"],
     weights: Float[Array, "N k"],
+    logits: Float[Array, "N E"] | None = None,
 ) -> tuple[Float[Array, "N D"], Float[Array, "E D"]]:
     total = np.zeros((len(x), len(gate)), x.dtype) if dlogits is None else np.array(dlogits, order="C")
-    # forward: weights = softmax(logits[ids])
-    _add_softmax_gradient(
-        np.ascontiguousarray(dweights), np.ascontiguousarray(ids), np.ascontiguousarray(weights), total
-    )
+    # forward: weights = softmax(logits[ids]), or softmax(logits)[ids]
+    dweights, ids, weights = (np.ascontiguousarray(array) for array in (dweights, ids, weights))
+    competing = np.empty((0, len(gate)), x.dtype) if logits is None else np.ascontiguousarray(logits)
+    _add_softmax_gradient(dweights, ids, weights, competing, total)
     # forward: logits = x · gateᵀ
     dx, dgate = np.empty_like(x), np.empty(gate.shape, x.dtype)
     compute([Product([(total, gate)], dx), Product([(total.T, x)], dgate)])
@@ -73,29 +75,36 @@ def _logits(x, gate, logits):
 
 
 @jit(parallel=True)
-def _choose_all(logits, allowed, active, forced, ids, weights):
+def _choose_all(logits, allowed, active, forced, renormalise, ids, weights):
     N = len(logits)
     if N < MANY_TOKENS:
         for n in range(N):
-            _choose(logits[n], allowed, active[n], forced, ids[n], weights[n])
+            _choose(logits[n], allowed, active[n], forced, renormalise, ids[n], weights[n])
     else:
         for n in numba.prange(N):
-            _choose(logits[n], allowed, active[n], forced, ids[n], weights[n])
+            _choose(logits[n], allowed, active[n], forced, renormalise, ids[n], weights[n])
 
 
 @jit()
-def _choose(logits, allowed, active, forced, ids, weights):
-    """One token: fill `ids` with its top k unless the choice is `forced`, then `weights` with their softmax."""
+def _choose(logits, allowed, active, forced, renormalise, ids, weights):
+    """One token: fill `ids` with its top k unless the choice is `forced`, then `weights` with their softmax.
+
+    Not renormalised, it is that over all logits.
+    """
     k = len(ids)
     if not forced:
         _top(logits, allowed, ids, weights)
     top = logits[max(ids[0], 0)]
     for slot in range(1, k):
         top = max(top, logits[max(ids[slot], 0)])
+    if not renormalise:
+        top = logits.max()
     total = top - top
     for slot in range(k):
         weights[slot] = exp(logits[max(ids[slot], 0)] - top)
         total += weights[slot]
+    if not renormalise:
+        total = _sum_of_exps(logits, top)
     for slot in range(k):
         if not active:
             ids[slot] = -1
@@ -119,8 +128,19 @@ def _top(logits, allowed, ids, values):
 
 
 @jit()
-def _add_softmax_gradient(dweights, ids, weights, dlogits):
-    """dlogits[n, ids] += weights · (dweights - Σ weights · dweights)."""
+def _sum_of_exps(logits, top):
+    total = top - top
+    for e in range(len(logits)):
+        total += exp(logits[e] - top)
+    return total
+
+
+@jit()
+def _add_softmax_gradient(dweights, ids, weights, logits, dlogits):
+    """dlogits[n, ids] += weights · (dweights - Σ weights · dweights).
+
+    Where there are `logits`, of a softmax over all E, every other expert gets -probability · Σ weights · dweights.
+    """
     N, k = ids.shape
     for n in range(N):
         mean = weights.dtype.type(0)
@@ -129,3 +149,17 @@ def _add_softmax_gradient(dweights, ids, weights, dlogits):
         for slot in range(k):
             if ids[n, slot] >= 0:
                 dlogits[n, ids[n, slot]] += weights[n, slot] * (dweights[n, slot] - mean)
+        if len(logits) > 0:
+            top = logits[n].max()
+            total = _sum_of_exps(logits[n], top)
+            for e in range(logits.shape[1]):
+                if not _holds(ids[n], e):
+                    dlogits[n, e] -= exp(logits[n, e] - top) / total * mean
+
+
+@jit(inline="always")
+def _holds(ids, e):
+    found = False
+    for slot in range(len(ids)):
+        found |= ids[slot] == e
+    return found
