@@ -24,16 +24,34 @@ from minimoe.shapes import Array
 SHARED = Path(__file__).with_name("kernels.cuh")
 OPTIONS = ("--std=c++17",)
 _INCLUDE = '#include "../../kernels.cuh"'
-_TYPES = {np.dtype(np.float32): "float", np.dtype(np.float64): "double", BFLOAT16: "bfloat16"}
-_UNASKED_SHARED = 48 * 1024  # bytes of dynamic shared memory that a kernel gets without asking
+_TYPES = {
+    np.dtype(np.float32): "float",
+    np.dtype(np.float64): "double",
+    BFLOAT16: "bfloat16",
+    np.dtype(np.int8): "signed char",
+}
+# A kernel gets 48 KiB of shared memory without asking, what its source declares (never more than half of it) included.
+_UNASKED_SHARED = 24 * 1024
 
 # Calls with so many tokens or fewer are served by kernels that read every weight once and never ask the host: such a
 # call can be captured in a graph. More go to cuBLAS, for which the host must know how many tokens each expert has.
 FEW = 16
+FEW_SIZES = (1, 4, FEW)  # tokens that a kernel is made for; the rest of the next larger one does nothing
+FEW_QUEUE = 48 * 1024  # bytes of shared memory in which weights arrive (`stream` in kernels.cuh)
+# All types that `few_work` may name.
+FEW_WORKS = (
+    "Tiles<1>", "Tiles<2>",
+    *(
+        f"Dots<{stored}, {width}, {tokens}>"
+        for stored, widths in {"float": (1, 4), "double": (1, 2), "bfloat16": (1,), "signed char": (1, 16)}.items()
+        for width in widths
+        for tokens in FEW_SIZES
+    ),
+)  # fmt: skip
 
 
 def c_type(x: Array) -> str:
-    """Return the C++ name of the type of `x`: float, double or bfloat16."""
+    """Return the C++ name of the type of `x`: float, double, bfloat16 or signed char."""
     return _TYPES[np.dtype(x.dtype)]
 
 
@@ -122,6 +140,30 @@ def threads(size: int) -> int:
 def rounded(x: Array) -> Array:
     """Return `x` stored in bfloat16."""
     return x if is_bfloat16(x) else x.astype(BFLOAT16)
+
+
+def few_work(tokens: int, x: Array, weights: Sequence[Array]) -> tuple[str, int] | None:
+    """Return how a kernel multiplies up to FEW tokens with weights: the C++ type (see kernels.cuh), threads of a block.
+
+    Parameters
+    ----------
+    tokens : that share a weight, at most
+    x : what they are read from, in the type that is computed in, or bfloat16
+    weights : contiguous; a row is as long as one of x, and their type is the same
+
+    Returns
+    -------
+    None where no kernel serves these types: x in float64 and weights in another type, or weights of several
+    """
+    kind = weights[0].dtype
+    if any(w.dtype != kind for w in weights) or x.dtype != (kind if kind == np.float64 else np.float32):
+        return None
+    width = 16 // kind.itemsize
+    if x.shape[-1] % width or any(a.data.ptr % 16 for a in (x, *weights)):
+        width = 1
+    if kind == BFLOAT16 and width > 1:
+        return f"Tiles<{-(-tokens // 8)}>", 256
+    return f"Dots<{_TYPES[kind]}, {width}, {next(n for n in FEW_SIZES if n >= tokens)}>", 128
 
 
 def product(x: Array, w: Array | Int8) -> Array:

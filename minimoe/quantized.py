@@ -119,7 +119,8 @@ def quantize(w: Array) -> Int8:
 def parts(w: Array | Int8) -> tuple[Array, Array | None]:
     """Return what a loop reads: the stored numbers, and the scales of the rows where there are some; contiguous."""
     if isinstance(w, Int8):
-        return np.ascontiguousarray(w.values), np.ascontiguousarray(w.scale)
+        xp = xp_of(w.values)
+        return xp.ascontiguousarray(w.values), xp.ascontiguousarray(w.scale)
     return w, None
 
 

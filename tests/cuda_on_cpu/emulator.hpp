@@ -45,6 +45,11 @@ struct Warp {
     unsigned char box[2][32][64]; // what each lane hands in
 };
 
+struct Copy {
+    void* to;
+    const void* from;
+};
+
 struct Fiber {
     dim3 thread;
     int index = 0;                  // in the block
@@ -53,6 +58,7 @@ struct Fiber {
     bool done = false, started = false;
     unsigned long barriers = 0;     // block-wide barriers passed
     unsigned exchanges = 0;         // exchanges within the warp
+    std::vector<std::vector<Copy>> copies; // groups under way, the last one still open; they land when waited for
 };
 
 inline std::vector<Fiber> fibers;
@@ -108,6 +114,16 @@ inline unsigned char (*exchange(const void* mine, size_t size))[64] {
     return warp.box[turn];
 }
 
+// Let all closed groups of copies land but the newest `under_way`.
+inline void land_copies(size_t under_way) {
+    auto& groups = now->copies;
+    if (groups.size() <= under_way + 1) return;
+    auto first_left = groups.end() - 1 - under_way;
+    for (auto group = groups.begin(); group != first_left; group++)
+        for (Copy copy : *group) memcpy(copy.to, copy.from, 16);
+    groups.erase(groups.begin(), first_left);
+}
+
 inline void run_block(int order) {
     extern unsigned char __start_block_shared[] __attribute__((weak));
     extern unsigned char __stop_block_shared[] __attribute__((weak));
@@ -117,6 +133,7 @@ inline void run_block(int order) {
     for (size_t i = 0; i < n; i++) {
         fibers[i].done = fibers[i].started = false;
         fibers[i].barriers = fibers[i].exchanges = 0;
+        fibers[i].copies.assign(1, {});
     }
     for (Warp& warp : warps) warp.arrived[0] = warp.arrived[1] = 0;
     barrier_number = at_barrier = 0;
@@ -326,7 +343,7 @@ inline void load_tiles_turned(unsigned (&r)[4], const bfloat16* row) { load_tile
 inline void copy_16_bytes(void* to, const void* from) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
         cuda_on_cpu::fail("copy_16_bytes copies between addresses aligned to 16 bytes");
-    memcpy(to, from, 16);
+    cuda_on_cpu::now->copies.back().push_back({to, from});
 }
-inline void copies_commit() {}
-template <int n> inline void copies_wait() {}
+inline void copies_commit() { cuda_on_cpu::now->copies.emplace_back(); }
+template <int n> inline void copies_wait() { cuda_on_cpu::land_copies(n); }
