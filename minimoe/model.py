@@ -290,14 +290,19 @@ def load(
         If the tokenizer's file cannot be used, or is of another model.
     """
     ops = make_backend(backend)
-    if isinstance(path, str) and path.startswith(download.PREFIX):
-        path = download.fetch(path)
-    folder = BUNDLED / path if isinstance(path, str) and path == "tiny" else Path(path)
+    folder = folder_of(path)
     kind = None if dtype is None else as_dtype(dtype)
     config, params = checkpoint.load_params(folder, dtype=None if kind == "int8" else kind, mapped=mmap)
     params = quantized(params) if kind == "int8" else params
     model = Model(config, params, ops, tokenizer_of(folder, config, tokenizer))
     return model.to(ops) if ops.xp is not np else model
+
+
+def folder_of(path: str | Path) -> Path:
+    """Return the folder of what `load` takes: the bundled model's, or that of a download, which is made if need be."""
+    if isinstance(path, str) and path.startswith(download.PREFIX):
+        return download.fetch(path)
+    return BUNDLED / path if path == "tiny" else Path(path)
 
 
 def random(config: ModelConfig, seed: int = 0, *, backend: str = "auto", dtype: Any = None) -> Model:

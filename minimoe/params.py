@@ -215,25 +215,30 @@ def _stack(weights: Sequence[Any]) -> Any:
 
 
 def random(config: ModelConfig, seed: int, dtype: Any = np.float32) -> Params:
-    """Draw fresh weights; every tensor has a stream of its own, so its values do not depend on the others.
+    """Draw fresh weights (see `draw`); with `dtype` "int8" it is `quantized` of the float32 tree, tensor by tensor."""
+    kind, narrow = (np.dtype(np.float32), True) if dtype == "int8" else (dtype, False)
+
+    def drawn(name: str, shape: tuple[int, ...]) -> Any:
+        values = draw(config, name, shape, seed, kind)
+        matrix = len(shape) > 1 and name != "tok_embeddings" and not name.endswith(".gate")
+        return quantize(values) if narrow and matrix else values
+
+    return from_named(config, {name: drawn(name, shape) for name, shape in shapes(config).items()})
+
+
+def draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int, dtype: Any) -> Array:
+    """Draw one parameter; every one has a stream of its own, so its values do not depend on the others.
 
     Embeddings have unit variance, matrices 1 / fan-in (tied embeddings too: they make the logits). Those that write to
     the residual stream (wo, w2) are divided by sqrt(2 L), so that its variance stays of order one whatever the depth.
-    Norms start at one. With `dtype` "int8" it is `quantized` of the float32 tree, one tensor at a time.
+    Norms start at one.
     """
-    kind, narrow = (np.dtype(np.float32), True) if dtype == "int8" else (dtype, False)
-
-    def draw(name: str, shape: tuple[int, ...]) -> Any:
-        if len(shape) == 1:
-            return np.ones(shape, kind)
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        scale = 1.0 if name == "tok_embeddings" and not config.tie_embeddings else shape[1] ** -0.5
-        if name.endswith((".wo", ".w2")):
-            scale *= (2 * config.num_layers) ** -0.5
-        values = rng.standard_normal(shape, np.float32)
-        values *= np.float32(scale)
-        if narrow and name != "tok_embeddings" and not name.endswith(".gate"):
-            return quantize(values)
-        return values.astype(kind, copy=False)
-
-    return from_named(config, {name: draw(name, shape) for name, shape in shapes(config).items()})
+    if len(shape) == 1:
+        return np.ones(shape, dtype)
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    scale = 1.0 if name == "tok_embeddings" and not config.tie_embeddings else shape[1] ** -0.5
+    if name.endswith((".wo", ".w2")):
+        scale *= (2 * config.num_layers) ** -0.5
+    values = rng.standard_normal(shape, np.float32)
+    values *= np.float32(scale)
+    return values.astype(dtype, copy=False)

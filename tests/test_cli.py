@@ -79,7 +79,7 @@ def test_every_command_has_help(minimoe_command, command):
     status, out, err = minimoe_command(command, "--help", backend=None)
     assert (status, err) == (0, "")
     assert out.startswith(f"usage: minimoe {command}")
-    assert "--backend" in out
+    assert ("--backend" in out) == (command not in ("convert", "init"))  # which compute nothing
 
 
 def test_the_command_without_a_command_shows_help(minimoe_command):

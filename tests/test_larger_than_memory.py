@@ -1,6 +1,7 @@
 """A checkpoint larger than the memory that a process may have runs, and only the experts chosen are read."""
 
 import ctypes
+import filecmp
 import json
 import mmap
 import os
@@ -14,16 +15,17 @@ import numpy as np
 import pytest
 
 import minimoe
-from minimoe import checkpoint, params
-from minimoe.arrays import BFLOAT16
+from minimoe import checkpoint
+from minimoe.config import preset
 from minimoe.expert_traffic import Watch
 from tests import small
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's RLIMIT_DATA, mincore and /proc")
 
-LARGE = small.SPARSE.replace(
-    hidden_size=2048, intermediate_size=4096, num_layers=2, num_heads=16, num_kv_heads=4, head_dim=128
+LARGE = preset("mixtral-8x7b").replace(
+    hidden_size=2048, intermediate_size=4096, num_layers=2, num_heads=16, num_kv_heads=4, vocab_size=1024
 )
+SIZES = "--hidden-size 2048 --intermediate-size 4096 --layers 2 --heads 16 --kv-heads 4 --vocab-size 1024".split()
 LIMIT = 512 << 20  # RLIMIT_DATA: of what a process allocates; mapped files do not count
 
 LIMITED = """
@@ -39,28 +41,18 @@ common.load = lambda *args, **settings: load(*args, **settings, mmap=False)
 """
 
 
-def save_large(folder, config):
-    """Write a checkpoint whose tensors are overlapping pieces of one random array: it takes the memory of one."""
-    shapes = params.shapes(config)
-    spread = 100_003  # where the pieces begin
-    largest = max(int(np.prod(shape)) for shape in shapes.values())
-    block = np.random.default_rng(0).standard_normal(largest + spread, np.float32) * np.float32(0.02)
-    block = block.astype(BFLOAT16)
-
-    def piece(i, shape):
-        start, size = i * 997 % spread, int(np.prod(shape))
-        return np.ones(shape, BFLOAT16) if len(shape) == 1 else block[start : start + size].reshape(shape)
-
-    arrays = {name: piece(i, shape) for i, (name, shape) in enumerate(shapes.items())}
-    checkpoint.save(folder, config, params.from_named(config, arrays), tokenizer_file=small.TOKENIZER)
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     base = tmp_path_factory.mktemp("large")
     if shutil.disk_usage(base).free < 4e9:
         pytest.skip(f"{base} has less than 4 GB free")
-    save_large(base / "model", LARGE)
+    arguments = ["--preset", "mixtral-8x7b", *SIZES, "--tokenizer", str(small.TOKENIZER)]
+    process = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(LIMIT), "init", str(base / "model"), *arguments],
+        capture_output=True, text=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert (process.returncode, process.stderr) == (0, "")
+    assert checkpoint.read_config(base / "model") == LARGE
     yield base / "model"
     shutil.rmtree(base)
 
@@ -101,6 +93,16 @@ def test_a_checkpoint_larger_than_the_limit_generates_within_the_stated_bound(la
     bound = memory["bound"] or 160e6 + 4 * LARGE.hidden_size * LARGE.intermediate_size
     assert most < bound < 0.5 * size
     assert abs(memory["anonymous"] - most) < 0.1 * most
+
+
+@pytest.mark.slow
+def test_it_is_converted_within_the_limit(large):
+    """To the layout in which all experts of a layer are one tensor, w2 transposed, and back to the same bytes."""
+    for source, target, name in ((large, "stacked", "stacked"), (large.parent / "stacked", "back", "hf")):
+        command = [sys.executable, "-c", LIMITED, str(LIMIT), "convert", str(source), str(large.parent / target)]
+        process = subprocess.run([*command, "--layout", name], capture_output=True, text=True)
+        assert (process.returncode, process.stderr) == (0, "")
+    assert filecmp.cmp(large / "model.safetensors", large.parent / "back/model.safetensors", shallow=False)
 
 
 @pytest.mark.slow

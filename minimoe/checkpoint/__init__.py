@@ -13,6 +13,7 @@
 """
 
 from minimoe.checkpoint.atomic import write_folder_atomically
+from minimoe.checkpoint.converting import convert, initialise
 from minimoe.checkpoint.errors import (
     ChangedFileError,
     CheckpointError,
@@ -37,7 +38,8 @@ from minimoe.checkpoint.verifying import Problem, verify
 from minimoe.checkpoint.writing import TOKENIZER, TRAINING_STATE, save
 
 __all__ = [
-    "load_params", "read_config", "headers", "verify", "save", "check_memory", "memory_in_use", "copied_bytes",
+    "load_params", "read_config", "headers", "verify", "save", "convert", "initialise",
+    "check_memory", "memory_in_use", "copied_bytes",
     "write_folder_atomically", "save_tensors", "load_tensors",
     "Headers", "MappedFiles", "TensorInfo", "Problem", "TOKENIZER", "TRAINING_STATE",
     "ChangedFileError", "CheckpointError", "ConfigFileError", "DamagedFileError", "LayoutError", "MissingFileError",

@@ -133,12 +133,15 @@ class Layout:
         return hf_name(ours) if self.base == "hf" else f"{ours}.weight"
 
     def tensors(self, config: ModelConfig) -> list[Stored]:
-        """Return all tensors of a model, in the order of the forward pass."""
-        parts: dict[str, list[str]] = {}
-        expected = shapes(config)
+        """Return all tensors of a model, in the order of `params.named`: the w1 of all experts, then w2, then w3."""
+        expected, parts = shapes(config), dict[str, list[str]]()
         for ours in expected:
             parts.setdefault(self.name_of(ours), []).append(ours)
-        return [self._stored(name, tuple(ours), expected[ours[0]], config) for name, ours in parts.items()]
+        order = {leaf: i for i, leaf in enumerate(dict.fromkeys(map(_leaf, expected)))}
+        return [
+            self._stored(name, tuple(ours), expected[ours[0]], config)
+            for name, ours in sorted(parts.items(), key=lambda item: order[_leaf(item[1][0])])
+        ]
 
     def _stored(self, name: str, parts: tuple[str, ...], shape: tuple[int, ...], config: ModelConfig) -> Stored:
         rotated = self.interleaved and parts[0].endswith((".attention.wq", ".attention.wk"))
@@ -161,6 +164,10 @@ _GGUF_NAMES: Names = (
     *((rf"layers\.(\d+)\.feed_forward\.w{i}", rf"blk.\1.ffn_{their}.weight") for i, their in
       ((1, "gate"), (2, "down"), (3, "up"))),
 )  # fmt: skip
+
+
+def _leaf(ours: str) -> str:
+    return re.sub(r"\.experts\.\d+", "", ours)
 
 
 def _gguf_experts(theirs: str) -> Names:

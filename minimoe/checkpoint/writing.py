@@ -70,7 +70,7 @@ def save(
     layout : {"hf", "fused", "mistral", "stacked"}
         See `minimoe.checkpoint.layouts`; transformers reads "hf".
     tokenizer_file : path or None
-        Copied as tokenizer.model.
+        Copied as tokenizer.model, or tokenizer.json where its name ends so.
     also : called with the new folder before it takes its place, to write more files into it
     max_shard_bytes : int
         Weights that take more are split into shards of at most so many bytes (or of one tensor), with an index.
@@ -84,13 +84,18 @@ def save(
     """
 
     def more(new: Path) -> None:
-        if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, new / TOKENIZER)
+        copy_tokenizer(tokenizer_file, new)
         if also is not None:
             also(new)
 
     parameters = {name: _in_memory(array) for name, array in named(params)}
     write_checkpoint(folder, config, parameters, layout=layout, also=more, max_shard_bytes=max_shard_bytes)
+
+
+def copy_tokenizer(file: str | Path | None, folder: Path) -> None:
+    """Copy a tokenizer's file, if there is one, under the name by which it is found again."""
+    if file is not None:
+        shutil.copyfile(file, folder / ("tokenizer.json" if Path(file).suffix == ".json" else TOKENIZER))
 
 
 def _in_memory(array: Array) -> Parameter:
@@ -112,7 +117,7 @@ def write_checkpoint(
     _check(config, parameters, str(folder))
     tensors = {stored.name: _outgoing(stored, parameters, str(folder)) for stored in chosen.tensors(config)}
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _check_space(Path(folder), total)
+    check_space(Path(folder), total)
     done = 0
 
     def written(size: int) -> None:
@@ -157,8 +162,8 @@ def _check(config: ModelConfig, parameters: Mapping[str, Parameter], where: str)
         raise TensorMismatchError(f"{where}: not saved", wrong)
 
 
-def _check_space(folder: Path, size: int) -> None:
-    """Refuse to begin what the disk has no room for."""
+def check_space(folder: Path, size: int) -> None:
+    """Raise SaveError if the disk has no room for so many bytes."""
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
     if size > (free := shutil.disk_usage(existing).free):
         raise SaveError(f"{folder}: cannot be saved: the weights take {gigabytes(size)}; {gigabytes(free)} are free")

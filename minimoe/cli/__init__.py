@@ -20,6 +20,8 @@ COMMANDS = {
     "route": ("minimoe.cli.route", "which expert gets how much of each text, layer by layer"),
     "eval": ("minimoe.cli.evaluate", "loss, perplexity and expert balance on text files"),
     "info": ("minimoe.cli.info", "sizes, memory and FLOPs of a model, from its headers; --verify reads all of it"),
+    "convert": ("minimoe.cli.convert", "write a checkpoint in another layout or number format"),
+    "init": ("minimoe.cli.init", "write a checkpoint with random weights, of any size"),
     "golden": ("minimoe.cli.golden", "hold another implementation against golden vectors, and name its mistake"),
     "train": ("minimoe.training.command", "train a model in our own code"),
     "bench": ("minimoe.cli.bench", "what the machine can do, and what part of it we use"),
