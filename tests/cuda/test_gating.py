@@ -20,12 +20,23 @@ def draw(seed):
     active = rng.random(N) < 0.6 if choice == "padded" else None
     allowed = rng.permutation(E) < (k + E) // 2 if choice == "switched off" else None
     ids = rng.permuted(np.tile(np.arange(E), (N, 1)), axis=1)[:, :k] if choice == "forced" else None
-    return x, gate, k, active, allowed, ids, rng.normal(size=(N, k)), rng.normal(size=(N, E)) if seed % 3 else None
+    return (
+        x,
+        gate,
+        k,
+        active,
+        allowed,
+        ids,
+        seed % 5 > 1,
+        rng.normal(size=(N, k)),
+        rng.normal(size=(N, E)) if seed % 3 else None,
+    )
 
 
-def call(module, x, gate, k, active, allowed, ids, dweights, dlogits):
-    logits, ids, weights = module.forward(x, gate, k, active, allowed, ids)
-    return ids, logits, weights, *module.backward(dweights, dlogits, x, gate, ids, weights)
+def call(module, x, gate, k, active, allowed, ids, renormalise, dweights, dlogits):
+    logits, ids, weights = module.forward(x, gate, k, active, allowed, ids, renormalise)
+    over_all = None if renormalise else logits
+    return ids, logits, weights, *module.backward(dweights, dlogits, x, gate, ids, weights, over_all)
 
 
 def test_errors_are_those_of_the_reference(cupy):
@@ -46,7 +57,7 @@ def test_both_operands_are_rounded_where_the_gate_is_bfloat16(cupy):
         gate = gate.astype(ml_dtypes.bfloat16)
         return module.forward(x, gate.astype(np.float64) if x.dtype == np.float64 else gate, *rest)
 
-    draws = [draw(seed)[:6] for seed in range(24)]
+    draws = [draw(seed)[:7] for seed in range(24)]
     assert_as_good_as_reference(draws, rounded, reference, OnDevice(cupy, cupy_gpu), n=1030)
 
 
