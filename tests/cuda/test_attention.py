@@ -37,21 +37,25 @@ def draw(seed, B, T, S, H, K, C, padding, window):
     return rng.normal(size=(B, T, H, C)) * 3, *rng.normal(size=(2, B, S, K, C)), q_pos, k_pos, window
 
 
+SCORES = [{}, {"cap": 1.5}, {"scale": 0.3}, {"scale": 0.9, "cap": 0.7}]
+
+
 def draws(count=20, shapes=SHAPES):
     return [draw(seed, *shapes[seed % len(shapes)]) for seed in range(count)]
 
 
-def call(module, q, k, v, q_pos, k_pos, window):
-    out, lse = module.forward(q, k, v, q_pos, k_pos, window)
-    dout = np.cos(np.arange(q.size)).reshape(q.shape).astype(q.dtype)
-    return out, lse, *module.backward(dout, q, k, v, q_pos, k_pos, window, out, lse)
+def call(module, *inputs, **scores):
+    out, lse = module.forward(*inputs, **scores)
+    dout = np.cos(np.arange(out.size)).reshape(out.shape).astype(out.dtype)
+    return out, lse, *module.backward(dout, *inputs, out, lse, **scores)
 
 
 def test_errors_are_those_of_the_reference(cupy):
     dialect = OnDevice(cupy, cupy_gpu)
     assert_as_good_as_reference(draws(), call, reference, dialect, n=100)
     for inputs in draws(len(SHAPES)):
-        assert_close(call(dialect, *inputs), call(reference, *inputs), 1e-12)
+        for scores in SCORES:
+            assert_close(call(dialect, *inputs, **scores), call(reference, *inputs, **scores), 1e-12)
 
 
 # T·G above 16 goes to tensor cores, in blocks of 64 rows and tiles of 64 keys
@@ -69,11 +73,12 @@ BFLOAT16_SHAPES = [
 def test_errors_in_bfloat16_are_those_of_the_reference(cupy):
     """The truth has no rounded probability. Both round them, relatively by 2**-9, before and after their division."""
     dialect, found, expected = OnDevice(cupy, cupy_gpu), [0.0] * 5, [0.0] * 5
-    for q, k, v, *rest in draws(21, BFLOAT16_SHAPES):
+    for i, (q, k, v, *rest) in enumerate(draws(21, BFLOAT16_SHAPES)):
         q, k, v = q.astype(BFLOAT16).astype(np.float32), k.astype(BFLOAT16), v.astype(BFLOAT16)
-        truth = call(reference, *as_dtype((q, k, v), np.float64), *rest)
+        scores = SCORES[i % 4]
+        truth = call(reference, *as_dtype((q, k, v), np.float64), *rest, **scores)
         for errors, module in ((found, dialect), (expected, reference)):
-            result = call(module, q, k, v, *rest)
+            result = call(module, q, k, v, *rest, **scores)
             assert {a.dtype for a in result} == {np.dtype(np.float32)}
             errors[:] = [max(e, relative_error(a, t)) for e, a, t in zip(errors, result, truth, strict=True)]
     for error, reference_error in zip(found, expected, strict=True):

@@ -31,8 +31,9 @@ def forward(
     q_pos: Int[Array, "B T"],
     k_pos: Int[Array, "B S"],
     window: int | None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
-    scale = cap = None
     (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
     q, k, v, q_pos, k_pos = _prepared(q, k, v, q_pos, k_pos)
     on_tensor_cores = is_bfloat16(k) and T * (H // K) > FEW_ROWS and C <= 256
@@ -64,8 +65,9 @@ def backward(
     window: int | None,
     out: Float[Array, "B T H C"],
     lse: Float[Array, "B T H"],
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
-    scale = cap = None
     (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
     q, k, v, q_pos, k_pos = _prepared(q, k, v, q_pos, k_pos)
     dout, out, lse = contiguous(dout), contiguous(out), contiguous(lse)

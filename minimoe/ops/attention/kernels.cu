@@ -467,7 +467,7 @@ __device__ inline Slopes<Real> slopes(const Real* q, const Real* dout, const Rea
 // Block (x, b·K + kh) -> rows x·tile .. of dq and delta, through all keys they see.
 //   thread -> d(dot) of one row and one key;   thread -> one column of one row of dq
 template <class Real, class Stored>
-__global__ void __launch_bounds__(BACKWARD_THREADS)
+__global__ void __launch_bounds__(BACKWARD_THREADS, 2)
 attention_backward_q(const Real* dout, const Real* q, const Stored* k, const Stored* v, const Index* q_pos,
                      const Index* k_pos, Index window, double scale, double cap, const Real* out, const Real* lse, Real* dq,
                      Real* delta, Index T, Index S, Index H, Index K, Index C, Index tile) {
@@ -522,7 +522,7 @@ attention_backward_q(const Real* dout, const Real* q, const Stored* k, const Sto
 // Block (x, b·K + kh) -> keys x·tile .. of dk and dv, through all rows that see them, in the order of the list.
 //   thread -> p and d(dot) of one row and one key;   thread -> one column of one row of dk and of dv
 template <class Real, class Stored>
-__global__ void __launch_bounds__(BACKWARD_THREADS)
+__global__ void __launch_bounds__(BACKWARD_THREADS, 2)
 attention_backward_kv(const Real* dout, const Real* q, const Stored* k, const Stored* v, const Index* q_pos,
                       const Index* k_pos, Index window, double scale, double cap, const Real* lse, const Real* delta,
                       Real* dk, Real* dv, Index T, Index S, Index H, Index K, Index C, Index tile) {
