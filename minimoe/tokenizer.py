@@ -17,6 +17,7 @@ import sentencepiece
 _SPACE = "\u2581"  # SentencePiece's mark for a space
 UNKNOWN = " \u2047 ".encode()  # what SentencePiece itself shows for an unknown piece
 _LFS = b"version https://git-lfs"
+_MAX_FILE = 200_000_000  # bytes; the largest vocabularies take some tens of millions
 Piece = tuple[bytes, str]  # what a token adds to a text, and how it is shown by itself
 
 
@@ -48,14 +49,15 @@ class Tokenizer:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._model: Any = sentencepiece.SentencePieceProcessor()
+        data = read(self.path)
         try:
-            self._model.LoadFromSerializedProto(read(self.path))
-        except RuntimeError as error:
+            self._model.LoadFromSerializedProto(data)
+            self.vocab_size: int = self._model.vocab_size()
+            self.bos_id: int = self._model.bos_id()
+            self.eos_id: int = self._model.eos_id()
+            self._pieces = [self._piece(i) for i in range(self.vocab_size)]
+        except (RuntimeError, ValueError) as error:  # ValueError: the name of a token is not UTF-8, or that of no byte
             raise TokenizerError(f"{self.path}: not a SentencePiece model") from error
-        self.vocab_size: int = self._model.vocab_size()
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
-        self._pieces = [self._piece(i) for i in range(self.vocab_size)]
         self._drops_space = True
 
     @classmethod
@@ -152,6 +154,8 @@ def read(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise TokenizerError(f"{path}: not a regular file")
     try:
+        if (size := path.stat().st_size) > _MAX_FILE:
+            raise TokenizerError(f"{path}: {size:,} bytes; at most {_MAX_FILE:,} are read")
         data = path.read_bytes()
     except FileNotFoundError as error:
         raise TokenizerError(f"{path}: no such file") from error

@@ -30,7 +30,7 @@ ALL_TYPES: dict[str, np.dtype[Any]] = WEIGHT_TYPES | {
     "BOOL": np.dtype(bool),
 }
 MAX_HEADER = 10_000_000  # bytes; Mixtral-8x22B in one file would need 0.3 million
-MAX_TENSORS = 100_000
+MAX_TENSORS = 50_000
 _MAX_DIMENSIONS = 8
 _LFS = b"version https://git-lfs"
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")

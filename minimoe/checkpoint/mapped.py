@@ -75,7 +75,7 @@ class MappedFiles:
                 size = "" if now[0] == file.seen[0] else f" (it had {file.seen[0]:,} bytes, and has {now[0]:,})"
                 raise ChangedFileError(
                     f"{file.where}: the file was changed while it was mapped{size}: load the model again, with "
-                    "mmap=False where others write to its files"
+                    "mmap=False (--no-mmap) where others write to its files"
                 )
 
     def checked(self, steps: Iterable[_T]) -> Iterator[_T]:

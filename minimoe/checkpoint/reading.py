@@ -107,8 +107,8 @@ def load_params(folder: str | Path, dtype: Any = None, *, mapped: bool = True) -
         where = str(opened.path)
         with open_checkpoint(opened) as (config, shards, placed):
             _check_memory(placed.values(), kind, mapped, where)
-            files = MappedTensors(shards.files, where)
-            arrays = {name: _read(files, place, kind, mapped) for name, place in placed.items()}
+            files = MappedTensors(shards.files, where, mapped)
+            arrays = {name: _read(files, place, kind) for name, place in placed.items()}
         files.warn()
         return config, from_named(config, arrays)
 
@@ -170,6 +170,6 @@ def _converted(stored: np.dtype[Any], kind: np.dtype[Any] | None) -> np.dtype[An
     return np.dtype(np.float32) if stored == np.float16 else stored
 
 
-def _read(files: MappedTensors, place: Placed, kind: np.dtype[Any] | None, mapped: bool) -> Array:
+def _read(files: MappedTensors, place: Placed, kind: np.dtype[Any] | None) -> Array:
     array = place.form.read(files[place.info])
-    return array.astype(_converted(array.dtype, kind), copy=not mapped and place.in_place)
+    return array.astype(_converted(array.dtype, kind), copy=False)

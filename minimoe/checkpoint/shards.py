@@ -28,7 +28,7 @@ SINGLE, INDEX = "{}.safetensors", "{}.safetensors.index.json"  # of a stem
 STEMS = ("model", "consolidated")
 SHARD = re.compile(r"(?:model|consolidated)-(\d{5})-of-(\d{5})\.safetensors")
 NUMBERED = re.compile(r"consolidated\.(\d\d)\.safetensors")
-_MAX_INDEX = 20_000_000  # bytes
+_MAX_INDEX = 10_000_000  # bytes
 _MAX_SHARDS = 1000
 
 

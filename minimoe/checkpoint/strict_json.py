@@ -1,4 +1,8 @@
-"""JSON as checkpoints use it, read strictly: an object, each key once, real numbers, bounded depth and size."""
+"""JSON as checkpoints use it, read strictly: an object, each key once, real numbers, bounded depth and size.
+
+Bytes alone do not bound what parsing takes: `[],` is three in a file, and 64 in memory. So the marks that every value
+has one of are counted first.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import json
 from typing import Any, NoReturn
 
 from minimoe.checkpoint.errors import DamagedFileError, shown
+
+_MAX_MARKS = 650_000  # 13 for each of 50,000 tensors; parsing so many takes less than a second
 
 
 def parse(data: bytes, where: str) -> dict[str, Any]:
@@ -21,8 +27,10 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
     Raises
     ------
     DamagedFileError
-        If it is not one JSON object, repeats a key, or holds NaN or Infinity.
+        If it is not one JSON object, repeats a key, holds NaN or Infinity, or very many values.
     """
+    if (marks := sum(map(data.count, (b",", b":", b"[", b"{")))) > _MAX_MARKS:
+        raise DamagedFileError(f"{where}: {marks:,} commas, colons and brackets; at most {_MAX_MARKS:,} are read")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

@@ -40,14 +40,17 @@ class MappedTensors:
     ----------
     files : {name: open file}
     where : their folder, for messages
+    mapped : False reads tensors into memory instead, and leaves nothing that a change of the file could reach
     """
 
-    def __init__(self, files: Mapping[str, BinaryIO], where: str) -> None:
-        self._files, self._where = files, where
+    def __init__(self, files: Mapping[str, BinaryIO], where: str, mapped: bool = True) -> None:
+        self._files, self._where, self._mapped = files, where, mapped
         self._data: dict[str, Array] = {}
         self._unaligned: dict[str, int] = {}
 
     def __getitem__(self, info: TensorInfo) -> Array:
+        if not self._mapped:
+            return info.values(_read(self._files[info.file], info, 0, info.nbytes))
         if info.file not in self._data:
             mapping = map_file(self._files[info.file], f"{self._where}/{info.file}")
             self._data[info.file] = np.frombuffer(mapping, np.uint8)
@@ -86,11 +89,16 @@ def load_tensors(path: str | Path) -> dict[str, Array]:
 
 def read_elements(file: BinaryIO, info: TensorInfo, start: int, count: int) -> Array:
     """Read `count` elements of a tensor's flattened values, from the one numbered `start`."""
-    file.seek(info.offset + start * info.dtype.itemsize)
-    data = bytearray(file.read(count * info.dtype.itemsize))  # a bytearray, so that the array is writable
-    if len(data) < count * info.dtype.itemsize:
+    return _read(file, info, start * info.dtype.itemsize, count * info.dtype.itemsize).view(info.dtype)
+
+
+def _read(file: BinaryIO, info: TensorInfo, start: int, count: int) -> Array:
+    """Read `count` of a tensor's bytes."""
+    file.seek(info.offset + start)
+    data = np.empty(count, np.uint8)
+    if file.readinto(data.data) < count:  # type: ignore[attr-defined]
         raise DamagedFileError(f"{info.file}: became shorter while it was read, in tensor {shown(info.name)}")
-    return np.frombuffer(data, info.dtype)
+    return data
 
 
 @dataclass(frozen=True)

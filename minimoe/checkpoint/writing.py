@@ -24,14 +24,14 @@ from minimoe.config import ModelConfig
 from minimoe.params import Params, named, shapes
 from minimoe.shapes import Array
 
-TOKENIZER = "tokenizer.model"
+TOKENIZER, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 TRAINING_STATE = "training_state"  # files with this stem belong to a checkpoint, and go with it
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS = [form.format(stem) for form in (SINGLE, INDEX) for stem in STEMS]
 _OURS = re.compile(
     "|".join(
         [
-            *map(re.escape, (CONFIG, PARAMS, TOKENIZER, *_WEIGHTS)), SHARD.pattern, NUMBERED.pattern,
+            *map(re.escape, (CONFIG, PARAMS, TOKENIZER, TOKENIZER_JSON, *_WEIGHTS)), SHARD.pattern, NUMBERED.pattern,
             rf"{TRAINING_STATE}\..*",
         ]
     )
@@ -63,8 +63,8 @@ def save(
     Parameters
     ----------
     folder : path
-        May be the folder that `params` are mapped from. Of an older checkpoint there, config, weights, tokenizer.model
-        and training state are replaced as one set (what is not written now is gone); all other files are kept.
+        May be the folder that `params` are mapped from. Of an older checkpoint there, config, weights, tokenizer and
+        training state are replaced as one set (what is not written now is gone); all other files are kept.
     config, params
         Every tensor is written in its own type: float32, float64, bfloat16 or float16. Only one at a time is copied.
     layout : {"hf", "fused", "mistral", "stacked"}
@@ -95,7 +95,7 @@ def save(
 def copy_tokenizer(file: str | Path | None, folder: Path) -> None:
     """Copy a tokenizer's file, if there is one, under the name by which it is found again."""
     if file is not None:
-        shutil.copyfile(file, folder / ("tokenizer.json" if Path(file).suffix == ".json" else TOKENIZER))
+        shutil.copyfile(file, folder / (TOKENIZER_JSON if Path(file).suffix == ".json" else TOKENIZER))
 
 
 def _in_memory(array: Array) -> Parameter:

@@ -91,10 +91,15 @@ def _answer(
     return "".join(said)
 
 
+def _beginning(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(1_000_000)
+
+
 def _doubt(folder: Path) -> str | None:
     """Why the model may not have learned this template; None where its folder says that it has."""
     files = (folder / "chat_template.jinja", folder / "tokenizer_config.json")
-    says = "".join(path.read_text(encoding="utf-8", errors="replace") for path in files if path.is_file())
+    says = "".join(_beginning(path) for path in files if path.is_file())
     if "[INST]" in says:
         return None
     known = "chat_template" in says or files[0].is_file()

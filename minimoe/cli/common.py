@@ -42,6 +42,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="store weights as float32, float64, bfloat16, or int8 (linear maps and experts); default: as in the file",
     )  # fmt: skip
     parser.add_argument(
+        "--no-mmap",
+        dest="mmap",
+        action="store_false",
+        help="read all weights into memory first, where others may write to the files; default: used where they lie",
+    )
+    parser.add_argument(
         "--tokenizer", metavar="FILE",
         help="a tokenizer.model or tokenizer.json, or v1 (Mixtral's own, of mistral-common); default: the folder's",
     )  # fmt: skip
@@ -61,9 +67,8 @@ def add_window(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> Model:
     """Load the model of --model on --backend, and say so if its loops must be compiled first."""
-    model = load(
-        args.model, backend=args.backend, dtype=getattr(args, "dtype", None), tokenizer=getattr(args, "tokenizer", None)
-    )
+    given = {name: value for name, value in vars(args).items() if name in ("dtype", "mmap", "tokenizer")}
+    model = load(args.model, backend=args.backend, **given)
     if args.threads is not None:
         threads.use(args.threads, "--threads")
     if model.ops.name == "numba":

@@ -243,8 +243,9 @@ def test_models_that_do_not_fit_memory_are_refused_before_allocation(
         (struct.pack("<Q", 2) + b"{]", "not valid JSON"),
         (struct.pack("<Q", 2) + b"[]", "must be a JSON object"),
         (struct.pack("<Q", 4) + b'{"\xff"', "not UTF-8"),
-        (struct.pack("<Q", 500_000) + b'{"a":' * 100_000, "nested too deeply"),
-        (struct.pack("<Q", 500_010) + b'{"a":[' + b"{}," * 166_668, "more than 100,000 tensors"),
+        (struct.pack("<Q", 50_000) + b'{"a":' * 10_000, "nested too deeply"),
+        (struct.pack("<Q", 300_010) + b'{"a":[' + b"{}," * 100_001 + b"1", "more than 50,000 tensors"),
+        (struct.pack("<Q", 2_000_009) + b'{"a":[' + b"[]," * 666_667 + b"0]", "1,333,337 commas, colons and brackets"),
         (struct.pack("<Q", 15) + b'{"a":1, "a": 2}', "key a appears twice"),
     ],
 )

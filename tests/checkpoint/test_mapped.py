@@ -1,6 +1,7 @@
 """Files under a running model: removed or replaced they stay what they were; written to, they are refused."""
 
 import gc
+import json
 import os
 import shutil
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import minimoe
-from minimoe import checkpoint
+from minimoe import checkpoint, cli
 from minimoe.checkpoint import ChangedFileError, mapped
 from tests import small
 
@@ -102,6 +103,32 @@ def test_weights_read_into_memory_do_not_see_the_file_change(folder):
     np.testing.assert_array_equal(before, minimoe.load(folder, backend="numpy").forward(IDS))
     write_later(weights(folder), lambda file: file.truncate(100))
     np.testing.assert_array_equal(model.forward(IDS), before)
+
+
+def test_without_mmap_no_file_is_mapped_at_any_moment_and_the_command_says_so(folder, monkeypatch, capsys):
+    def generate(*flags):
+        arguments = ["generate", "a", "--model", str(folder), "--max-new-tokens", "3", "--backend", "numpy"]
+        assert cli.main([*arguments, "--stats", "--json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    mapped_run = generate()
+    assert mapped_run["stats"]["mapped_bytes"] == weights(folder).stat().st_size
+    monkeypatch.setattr("minimoe.checkpoint.tensors.map_file", None)
+    copied_run = generate("--no-mmap")
+    assert copied_run["stats"]["mapped_bytes"] == 0 and copied_run["text"] == mapped_run["text"]
+    assert not checkpoint.MappedFiles(minimoe.load(folder, backend="numpy", mmap=False).params).files
+
+
+def test_a_file_that_shrinks_while_it_is_read_into_memory_is_an_error(folder, monkeypatch):
+    matched = checkpoint.reading.match
+
+    def shrink(*given):
+        os.truncate(weights(folder), 3000)
+        return matched(*given)
+
+    monkeypatch.setattr(checkpoint.reading, "match", shrink)
+    with pytest.raises(checkpoint.DamagedFileError, match="became shorter while it was read"):
+        minimoe.load(folder, backend="numpy", mmap=False)
 
 
 def test_weights_that_were_all_converted_are_not_looked_for_in_the_file(folder):
