@@ -73,15 +73,20 @@ def _what_is_wrong(runtime: Any, error: Exception) -> str:
         driver = built = 0
     if 0 < driver < built:
         return (
-            f"the driver is too old: it serves CUDA {_version(driver)}, this CuPy is built for {_version(built)}; "
-            "update the driver, or install the CuPy of an older CUDA"
+            f"the driver is too old: it serves CUDA {cuda_version(driver)}, this CuPy is built for "
+            f"{cuda_version(built)}; update the driver, or install the CuPy of an older CUDA"
         )
     if driver == 0 < built:
         return "no CUDA driver: this machine has none, or it is not visible here (does nvidia-smi work?)"
     return f"no usable CUDA driver or device: {_line(error)}"
 
 
-def _version(number: int) -> str:
+def cuda_version(number: int) -> str:
+    """Write a version as people do.
+
+    >>> cuda_version(12080)
+    '12.8'
+    """
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

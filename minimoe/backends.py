@@ -128,6 +128,13 @@ def make_backend(name: str = "auto") -> Backend:
     return Backend(name=name, dialects=dialects, xp=xp, **rooms)
 
 
+def reference_over(ops: Backend) -> Backend:
+    """Return the backend that computes where `ops` does, every cell by the reference: what its own are held against."""
+    dialects: dict[tuple[str, str], str] = {}
+    rooms: dict[str, Any] = {room: _cells(room, "reference", dialects) for room in ROOMS}
+    return dataclasses.replace(ops, dialects=dialects, graphs=False, **rooms)
+
+
 def _cells(room: str, dialect: str, dialects: dict[tuple[str, str], str]) -> Any:
     """The functions of one room: those of the dialect, and the reference's where it has none."""
     reference = importlib.import_module(f"minimoe.ops.{room}.reference")

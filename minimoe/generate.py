@@ -89,14 +89,14 @@ def _generate(
     if cache is None:
         cache = mixtral.new_cache(ops, config, params, B, max_length)
     ended = np.zeros(B, bool)
-    decoding: _Decoding | None = None
+    decoding: Decoding | None = None
     ids: Int[Array, " B"] = np.empty(B, np.int64)
     for step in range(max_new_tokens):
         with explained(ops):
             if step == 0:
                 logits = mixtral.forward(ops, config, params, inputs, cache=cache, last_only=True)[0][:, 0]
             else:
-                decoding = decoding or _Decoding(ops, config, params, cache)
+                decoding = decoding or Decoding(ops, config, params, cache)
                 logits = decoding(ids)
             uniform = ops.asarray(rng.random(B))
             ids = np.asarray(to_host(ops.sampling.forward(logits, temperature, top_p, uniform)))
@@ -108,14 +108,14 @@ def _generate(
             return
 
 
-class _Decoding:
+class Decoding:
     """The steps after the prompt, on arrays that stay where they are, so that a device can replay them as a graph."""
 
     def __init__(self, ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache) -> None:
-        positions = ops.asarray(cache.lengths[:, None].copy())
-        self._cache, self._tokens = cache, ops.xp.zeros_like(positions)
+        self._positions = ops.asarray(cache.lengths[:, None].copy())
+        self._cache, self._tokens = cache, ops.xp.zeros_like(self._positions)
         # No method of this object: a cycle of references would keep the cache until the garbage collector comes.
-        step = partial(_step, ops, config, params, cache, self._tokens, positions)
+        step = partial(_step, ops, config, params, cache, self._tokens, self._positions)
         self._replay = ops.captured(step, tokens=len(cache.lengths))
 
     def __call__(self, ids: Int[Array, " B"]) -> Float[Array, "B V"]:
@@ -124,6 +124,12 @@ class _Decoding:
         logits = self._replay()
         self._cache.lengths += 1
         return logits
+
+    def go_back(self, length: int) -> None:
+        """Forget all tokens but the first `length` of each sequence, which a cache that rolled does not allow."""
+        self._cache.lengths[:] = length
+        self._cache.positions[:, length:] = -1
+        overwrite(self._positions, self._cache.lengths[:, None])
 
 
 def _step(

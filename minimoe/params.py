@@ -236,9 +236,14 @@ def draw(config: ModelConfig, name: str, shape: tuple[int, ...], seed: int, dtyp
     if len(shape) == 1:
         return np.ones(shape, dtype)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    values = rng.standard_normal(shape, np.float32)
+    values *= np.float32(initial_scale(config, name, shape))
+    return values.astype(dtype, copy=False)
+
+
+def initial_scale(config: ModelConfig, name: str, shape: tuple[int, ...]) -> float:
+    """Return the standard deviation of a fresh matrix (see `draw`)."""
     scale = 1.0 if name == "tok_embeddings" and not config.tie_embeddings else shape[1] ** -0.5
     if name.endswith((".wo", ".w2")):
         scale *= (2 * config.num_layers) ** -0.5
-    values = rng.standard_normal(shape, np.float32)
-    values *= np.float32(scale)
-    return values.astype(dtype, copy=False)
+    return float(scale)

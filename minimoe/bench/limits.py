@@ -1,6 +1,6 @@
 """What the machine can do: how fast it reads memory and multiplies matrices, measured by loops of its own.
 
-A backend's limits are those of the device it computes on. The numpy and the numba backend share the CPU's; a backend on
+A backend's limits are those of the device it computes on: the numpy and the numba backend share the CPU's. A backend on
 another device joins `DEVICES`, and its device `PROBES`.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minimoe.arrays import BFLOAT16
+from minimoe.bench.device import GpuProbe
 from minimoe.checkpoint.memory import require_memory
 from minimoe.loops import FAST, jit
 from minimoe.products import Product, compute
@@ -74,8 +75,8 @@ class CpuProbe:
         return 2 * SIDE**3 / min(times)
 
 
-DEVICES = {"numpy": "cpu", "numba": "cpu"}  # which device a backend computes on
-PROBES: dict[str, Callable[[], Probe]] = {"cpu": CpuProbe}
+DEVICES = {"numpy": "cpu", "numba": "cpu", "cuda": "gpu"}  # which device a backend computes on
+PROBES: dict[str, Callable[[], Probe]] = {"cpu": CpuProbe, "gpu": GpuProbe}
 
 
 def device_of(backend: str) -> str:

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_info
 from minimoe import __version__
 from minimoe.bench.limits import threading_layer
 
-_PACKAGES = ("numpy", "numba", "ml_dtypes")
+_PACKAGES = ("numpy", "numba", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x")
 
 
 def describe() -> dict[str, Any]:

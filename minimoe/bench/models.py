@@ -12,6 +12,7 @@ import numpy as np
 
 from minimoe import checkpoint
 from minimoe.arrays import BFLOAT16
+from minimoe.bench import device
 from minimoe.config import PRESETS, ConfigError, ModelConfig
 from minimoe.params import Params, random, stack_experts
 
@@ -31,6 +32,7 @@ class Preset:
     context : tokens of a prompt, unless asked for
     what : what is measured, unless asked for
     mapped : whether the weights are written to a temporary folder and mapped from there, as a checkpoint is
+    on_device : whether the weights are drawn on a device, of which the host needs none: for the cuda backend only
     """
 
     config: ModelConfig
@@ -38,6 +40,7 @@ class Preset:
     context: int
     what: tuple[str, ...]
     mapped: bool = False
+    on_device: bool = False
 
 
 _MEDIUM = ModelConfig(
@@ -51,6 +54,7 @@ BENCHMARKS: dict[str, Preset] = {
     "mixtral-2-layers": Preset(
         PRESETS["mixtral-8x7b"].replace(num_layers=2), ("bfloat16",), 128, ("decode",), mapped=True
     ),
+    "mixtral-8x7b": Preset(PRESETS["mixtral-8x7b"], ("bfloat16",), 4096, USUAL, on_device=True),
 }
 
 
@@ -82,11 +86,13 @@ class Source:
     ----------
     config, dtype : of the model
     folder : of the checkpoint, or None
+    on_device : whether they are drawn on the device
     """
 
     config: ModelConfig
     dtype: str
     folder: str | None = None
+    on_device: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +100,9 @@ class Source:
         return self.config.num_parameters() * int(kind(self.dtype).itemsize)
 
     def params(self, stacked: bool = True) -> Params:
-        """Make the weights: in memory, experts stacked or in a list, or mapped from the folder."""
+        """Make the weights: in memory, experts stacked or in a list, mapped from the folder, or on the device."""
+        if self.on_device:
+            return device.draw(self.config, SEED, kind(self.dtype))
         if self.folder is not None:
             return checkpoint.load_params(self.folder, kind(self.dtype))[1]
         checkpoint.check_memory(self.config, kind(self.dtype))
@@ -131,6 +139,36 @@ def folder_preset(folder: str) -> Preset:
     stored = max(sizes, key=lambda name: sizes[name])
     dtype = stored if stored in DTYPES else "float32"  # float16 is widened
     return Preset(config, (dtype,), max(1, min(512, config.max_length - 1)), USUAL, mapped=True)
+
+
+def with_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    """Return the config with its first layers only.
+
+    Raises
+    ------
+    ConfigError
+        If it has fewer.
+    """
+    if not 1 <= layers <= config.num_layers:
+        raise ConfigError(f"--layers must be between 1 and the model's {config.num_layers}, not {layers}")
+    return config.replace(num_layers=layers)
+
+
+def that_fit(config: ModelConfig, dtype: str, size: float) -> ModelConfig:
+    """Return the config with as many of its layers as `size` bytes hold.
+
+    Raises
+    ------
+    ConfigError
+        If they do not hold one.
+    """
+
+    def needed(layers: int) -> int:
+        return config.replace(num_layers=layers).num_parameters() * int(kind(dtype).itemsize)
+
+    if needed(1) > size:
+        raise ConfigError(f"one layer and the vocabulary need {needed(1) / 1e9:.1f} GB, {size / 1e9:.1f} GB are there")
+    return config.replace(num_layers=max(n for n in range(1, config.num_layers + 1) if needed(n) <= size))
 
 
 def with_experts(config: ModelConfig, experts: int) -> ModelConfig:

@@ -27,12 +27,13 @@ def require() -> None:
 
 
 class Peer:
-    """The other process: `transformers` with one model."""
+    """The other process: `transformers` with one model, on "cpu" or "gpu"."""
 
-    def __init__(self, source: Source, threads: int) -> None:
+    def __init__(self, source: Source, threads: int, device: str = "cpu") -> None:
+        self.device = device
         context = multiprocessing.get_context("spawn")
         self._pipe, other_end = context.Pipe()
-        self._process = context.Process(target=serve, args=(other_end, source, threads), daemon=True)
+        self._process = context.Process(target=serve, args=(other_end, source, threads, device), daemon=True)
         self._process.start()
         other_end.close()
         self.versions: dict[str, str] = self._receive()

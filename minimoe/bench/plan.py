@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from minimoe import threads
 from minimoe.backends import make_backend
 from minimoe.bench import limits, peers
-from minimoe.bench.models import Preset, Source, benchmark, folder_preset, kind, with_experts
+from minimoe.bench.models import Preset, Source, benchmark, folder_preset, kind, that_fit, with_experts, with_layers
 from minimoe.bench.workloads import WORKLOADS, task
 from minimoe.checkpoint.memory import require_memory
 
 TRAIN_BATCH, TRAIN_CONTEXT = 16, 256  # unless asked for otherwise
+_RESERVED = 24e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class Order:
     what : tasks, and "ops" for the time of each op
     ops : the time of each op besides whatever else
     peers : () or ("transformers",)
+    layers : so many of the model's first layers only
     """
 
     preset: str | None = "tiny"
@@ -39,6 +41,7 @@ class Order:
     rounds: int = 5
     threads: int | None = None
     peers: Sequence[str] = ()
+    layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Plan:
     mapped: bool
     threads: int
     cold: tuple[int, int]  # batch and context of the fresh process
+    peer_device: str  # "cpu" or "gpu"
+    layers: int  # of the whole model
 
 
 def check(order: Order) -> Plan:
@@ -63,8 +68,7 @@ def check(order: Order) -> Plan:
     """
     if order.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, not {order.rounds}")
-    for name in order.backends:
-        limits.device_of(make_backend(name).name)
+    devices = {limits.device_of(make_backend(name).name) for name in order.backends}
     for name in order.peers:
         if name != "transformers":
             raise ValueError(f"--peers knows transformers, not {name!r}")
@@ -77,6 +81,8 @@ def check(order: Order) -> Plan:
         mapped=preset.mapped,
         threads=threads.most() if order.threads is None else order.threads,
         cold=(max(order.batches or [1]), max(order.contexts or [preset.context])),
+        peer_device="gpu" if "gpu" in devices else "cpu",
+        layers=preset.config.num_layers,
     )
     for name, B, T in [*plan.tasks, *plan.profiled]:
         task(name, preset.config, B, T)
@@ -86,10 +92,26 @@ def check(order: Order) -> Plan:
 
 def _sources(order: Order, preset: Preset) -> list[Source]:
     """A model for each number of experts and each type."""
-    if order.folder is not None and order.experts:
-        raise ValueError("--experts: the experts of a folder are given; choose a --preset")
-    configs = [with_experts(preset.config, E) for E in order.experts] if order.experts else [preset.config]
-    return [Source(c, dtype, order.folder) for c in configs for dtype in order.dtypes or preset.dtypes if kind(dtype)]
+    for name, value in (("experts", order.experts), ("layers", order.layers)):
+        if order.folder is not None and value is not None:
+            raise ValueError(f"--{name}: the {name} of a folder are given; choose a --preset")
+    if preset.on_device and any(make_backend(name).name != "cuda" for name in order.backends):
+        raise ValueError(f"--preset {order.preset}: its weights are drawn on the device: choose --backend cuda alone")
+    config = preset.config if order.layers is None else with_layers(preset.config, order.layers)
+    configs = [with_experts(config, E) for E in order.experts] if order.experts else [config]
+    found = [(c, dtype) for c in configs for dtype in order.dtypes or preset.dtypes if kind(dtype)]
+    if preset.on_device:
+        room = _device_memory() / (3 if order.peers else 1)  # theirs are as large, and made from as many again
+        found = [(that_fit(c, dtype, room), dtype) for c, dtype in found]
+    return [Source(c, dtype, order.folder, preset.on_device) for c, dtype in found]
+
+
+def _device_memory() -> float:
+    """Bytes for weights: what is free but for the read test, products, cache, and what a pass keeps between its ops."""
+    ops = make_backend("cuda")
+    ops.xp.get_default_memory_pool().free_all_blocks()
+    free, total = ops.xp.cuda.runtime.memGetInfo()
+    return float(free - min(_RESERVED, total / 4))
 
 
 def _tasks(order: Order, preset: Preset) -> list[tuple[str, int, int]]:
@@ -122,6 +144,8 @@ def _check_memory(plan: Plan, peer: bool) -> None:
     Weights that are mapped take no memory once their file is written, nor do those of a folder.
     """
     for source in plan.sources:
+        if source.on_device:
+            continue
         once = source.nbytes
         made, kept = (0, 0) if source.folder is not None else (once, 0) if plan.mapped else (2 * once, once)
         size = max(made, kept + (2 * once if peer else 0))

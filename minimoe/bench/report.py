@@ -17,6 +17,14 @@ def rows(document: Mapping[str, Any]) -> list[Row]:
     return [_row(entry, several_experts(document)) for entry in document["results"]]
 
 
+def sizes(document: Mapping[str, Any]) -> str:
+    """The model's name, and how many of its layers were measured where these are not all."""
+    layers = sorted({entry.get("layers") for entry in document["results"]} - {None, document.get("layers")})
+    if not layers:
+        return str(document["model"])
+    return f"{document['model']}, {', '.join(map(str, layers))} of {document['layers']} layers"
+
+
 def several_experts(document: Mapping[str, Any]) -> bool:
     """Whether models of different numbers of experts were measured."""
     return len({entry["experts"] for entry in document["results"]}) > 1
@@ -58,6 +66,10 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
             f"{device}: reads {_range(bandwidth)} GB/s, multiplies {dtype} weights at {_range(rate)} GFLOP/s"
             + ("" if theirs is None else f" (torch: {theirs / 1e9:,.0f})")
         )
+    if gpu := document.get("machine", {}).get("gpu"):
+        driver = f"driver {gpu['driver'] or 'unknown'} (CUDA {gpu['driver_serves_cuda']})"
+        yield f"gpu: {gpu['card']}, {gpu['memory_bytes'] / 1e9:,.0f} GB, {driver}, CUDA {gpu['cuda']}"
+    yield from goals(document)
     yield from ratios(document["results"])
     compared = [entry for entry in document["results"] if entry.get("peer")]
     if compared:
@@ -71,6 +83,32 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
         most_off = max(check["distance"] for check in checked)
         yield f"answers checked against the numpy reference in this run: at most {most_off:.0e} apart"
     yield from (f"warning: {text}" for text in document["warnings"])
+
+
+GOALS = (  # what, batch, prompt, the figure, and what it is to reach: of Mixtral-8x7B's sizes on a device
+    ("decode", 1, None, "of_roof", 0.80),
+    ("decode", 16, None, "of_roof", 0.70),
+    ("prefill", 1, 4096, "of_roof", 0.50),
+    ("decode", 1, None, "ratio", 4.0),
+    ("prefill", 1, 4096, "ratio", 1.3),
+)
+
+
+def goals(document: Mapping[str, Any]) -> Iterator[str]:
+    """Each goal that a result of the preset mixtral-8x7b is held against, and whether it is met."""
+    if document["model"] != "mixtral-8x7b":
+        return
+    for entry in document["results"]:
+        for what, batch, context, figure, wanted in GOALS:
+            if (entry["what"], entry["batch"]) != (what, batch) or context not in (None, entry["context"]):
+                continue
+            if figure == "ratio" and not entry.get("peer"):
+                continue
+            reached = (entry["peer"]["ratio"] if figure == "ratio" else entry["of_roof"])["median"]
+            named = f"{what}, batch {batch}, context {entry['context']:,}"
+            units = "times as fast as transformers" if figure == "ratio" else "of the roof"
+            verdict = "met" if reached >= wanted else "NOT met"
+            yield f"goal {verdict}: {named}: {reached:.2f} {units}, wanted {wanted:.2f}"
 
 
 def ratios(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from minimoe.backends import Backend, make_backend
-from minimoe.bench import cold, limits, machine, peers
+from minimoe.backends import Backend, make_backend, reference_over
+from minimoe.bench import cold, device, limits, machine, peers
 from minimoe.bench.measure import NOISY, Samples, ratio, rounds, turn
 from minimoe.bench.models import Source
 from minimoe.bench.plan import Order, Plan, check
@@ -23,8 +23,10 @@ from minimoe.bench.report import FORMAT
 from minimoe.bench.work import Work
 from minimoe.bench.workloads import WORKLOADS, Task, distance, task
 from minimoe.loops import keep_freed_memory
-from minimoe.params import Params, map_leaves
+from minimoe.params import Params
+from minimoe.placement import placed
 
+MOST_CHECKED = 8192  # tokens of a task on a device: the reference keeps the scores of all pairs of a sequence
 ALLOWED = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.1}  # of `distance` to another implementation
 
 
@@ -38,17 +40,20 @@ def run(order: Order, say: Callable[[str], None] = lambda text: None) -> dict[st
     plan = check(order)
     document: dict[str, Any] = {
         "format": FORMAT, "model": order.preset if order.folder is None else str(order.folder),
-        "rounds": order.rounds, "threads": plan.threads, "results": [], "processes": [], "ops": [],
+        "layers": plan.layers, "rounds": order.rounds, "threads": plan.threads,
+        "results": [], "processes": [], "ops": [],
     }  # fmt: skip
     with limits.held_to(plan.threads):
         probes: dict[str, limits.Probe] = {}
         for backend in order.backends:
-            device = limits.device_of(make_backend(backend).name)
-            probes[device] = probes.get(device) or limits.PROBES[device]()
+            name = limits.device_of(make_backend(backend).name)
+            probes[name] = probes.get(name) or limits.PROBES[name]()
         for source in plan.sources:
             with _placed(source, plan.mapped, say) as placed:
                 _measure_model(order, plan, placed, probes, document, say)
     document["machine"] = machine.describe()
+    if "gpu" in probes:
+        document["machine"]["gpu"] = device.describe()
     document["warnings"] = _warnings(document["results"])
     return document
 
@@ -69,17 +74,19 @@ def _measure_model(
     say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """All tasks of one model, then the times of its ops, and a fresh process for each backend."""
-    named = f"{document['model']}, {source.dtype}, {source.config.num_experts} experts"
+    named = (
+        f"{document['model']}, {source.dtype}, {source.config.num_layers} layers, {source.config.num_experts} experts"
+    )
     say(f"{named}: making the model …")
     params = source.params()
     with ExitStack() as stack:
         peer = None
         if order.peers:
             say(f"{named}: making transformers' …")
-            peer = peers.Peer(source, plan.threads)
+            peer = peers.Peer(source, plan.threads, plan.peer_device)
             stack.callback(peer.close)
-            document["peer_versions"] = peer.versions
-            rate = peer.ask("rate", source.dtype, limits.SIDE)
+            document["peer_versions"], document["peer_device"] = peer.versions, plan.peer_device
+            rate = peer.ask("rate", source.dtype, device.SIDE if plan.peer_device == "gpu" else limits.SIDE)
             document.setdefault("peer_rates", {})[source.dtype] = rate
         for what, batch, context in plan.tasks:
             say(f"{named}: {what}, batch {batch}, context {context} …")
@@ -94,7 +101,7 @@ def _measure_model(
             document["ops"] += _profiled(backend, source, params, wanted, probes)
     del params
     gc.collect()
-    for backend in order.backends:
+    for backend in () if source.on_device else order.backends:  # a process without any has nothing to be fresh with
         say(f"{named}: a fresh process on {backend} …")
         figures = cold.measure(source, backend, *plan.cold)
         document["processes"].append(_about(source, backend, *plan.cold) | figures)
@@ -103,7 +110,8 @@ def _measure_model(
 def _about(source: Source, backend: str, batch: int, context: int) -> dict[str, Any]:
     return {
         "backend": make_backend(backend).name, "dtype": source.dtype, "batch": batch, "context": context,
-        "experts": source.config.num_experts, "parameters": source.config.num_parameters(),
+        "layers": source.config.num_layers, "experts": source.config.num_experts,
+        "parameters": source.config.num_parameters(),
     }  # fmt: skip
 
 
@@ -113,28 +121,35 @@ def _measure_task(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One task on every backend and, if asked, by transformers: first whether the answers agree, then the rounds."""
     kind_of = WORKLOADS[wanted.what]
-    truth = kind_of(make_backend("numpy"), source.config, params, wanted).answer()
+    truth = _truth(source, params, wanted)
     backends = {name: make_backend(name) for name in order.backends}
     ours = {name: kind_of(ops, source.config, _on(ops, params), wanted) for name, ops in backends.items()}
     answers = {name: workload.answer() for name, workload in ours.items()}
     work = {name: workload.work() for name, workload in ours.items()}
     theirs = None if peer is None else peers.PeerWorkload(peer, wanted)
     turns: dict[str, Callable[[], float]] = {}
-    for device, probe in probes.items():
-        turns[f"bandwidth {device}"] = probe.bandwidth
-        turns[f"rate {device}"] = partial(probe.rate, source.dtype)
+    for name, probe in probes.items():
+        turns[f"bandwidth {name}"] = probe.bandwidth
+        turns[f"rate {name}"] = partial(probe.rate, source.dtype)
     turns |= {name: partial(turn, workload.run) for name, workload in ours.items()}
     if theirs is not None:
         turns["peer"] = partial(turn, theirs.run)
     samples = rounds(order.rounds, turns)
     found = []
     for name, workload in ours.items():
-        device = limits.device_of(make_backend(name).name)
-        entry = {"what": wanted.what, "device": device} | _about(source, name, *wanted.prompt.shape)
+        device_of = limits.device_of(make_backend(name).name)
+        entry = {"what": wanted.what, "device": device_of} | _about(source, name, *wanted.prompt.shape)
         entry |= {"tokens": workload.tokens, "tokens_per_second": workload.tokens / samples[name].median}
-        entry |= _against_roof(work[name], samples[name], samples[f"bandwidth {device}"], samples[f"rate {device}"])
-        entry["check"] = None if workload.ops.name == "numpy" else _checked(answers[name], truth, source.dtype, "numpy")
-        if theirs is not None:
+        entry |= _against_roof(
+            work[name], samples[name], samples[f"bandwidth {device_of}"], samples[f"rate {device_of}"]
+        )
+        if truth is not None and workload.ops.name != "numpy":
+            entry["check"] = _checked(
+                answers[name], truth, source.dtype, "numpy" if not source.on_device else "array code"
+            )
+        else:
+            entry["check"] = None
+        if theirs is not None and peer is not None and peer.device == device_of:
             entry["peer"] = _checked(answers[name], theirs.expected, source.dtype, "transformers") | {
                 "experts": theirs.implementation, "seconds": samples["peer"].summary(),
                 "spread": samples["peer"].spread, "peak_bytes": theirs.peak(),
@@ -146,7 +161,15 @@ def _measure_task(
 
 def _on(ops: Backend, params: Params) -> Params:
     """The weights where a backend computes."""
-    return params if ops.xp is np else map_leaves(params, ops.asarray)
+    return params if ops.xp is np else placed(params, ops)
+
+
+def _truth(source: Source, params: Params, wanted: Task) -> Any:
+    """What the reference answers where the weights are; None where a device has no room for all its scores at once."""
+    if source.on_device and wanted.prompt.size > MOST_CHECKED:
+        return None
+    ops = reference_over(make_backend("cuda")) if source.on_device else make_backend("numpy")
+    return WORKLOADS[wanted.what](ops, source.config, params, wanted).answer()
 
 
 def _against_roof(work: Work, seconds: Samples, bandwidth: Samples, rate: Samples) -> dict[str, Any]:
@@ -184,11 +207,11 @@ def _profiled(
 def _warnings(results: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader should know before believing the figures."""
     found = []
-    for device in sorted({entry["device"] for entry in results}):
-        read = [entry["bandwidth"]["median"] / 1e9 for entry in results if entry["device"] == device]
+    for name in sorted({entry["device"] for entry in results}):
+        read = [entry["bandwidth"]["median"] / 1e9 for entry in results if entry["device"] == name]
         if max(read) > (1 + 2 * NOISY) * min(read):
             found.append(
-                f"{device}: its read bandwidth moved between {min(read):.0f} and {max(read):.0f} GB/s in this run"
+                f"{name}: its read bandwidth moved between {min(read):.0f} and {max(read):.0f} GB/s in this run"
             )
     for entry in results:
         named = f"{entry['what']} {entry['backend']} {entry['dtype']} batch {entry['batch']}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minimoe.bench.report import FORMAT, digits, percent, reached, right
+from minimoe.bench.report import sizes as model_sizes
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 HEAD = ("model", "what", "weights", "backend", "ms", "tokens/s", "reached", "of the roof", "× transformers")
@@ -32,10 +33,10 @@ def _row(document: Mapping[str, Any], entry: Mapping[str, Any]) -> Sequence[str]
     if not right(entry):
         raise ValueError(f"{document['model']}, {entry['what']}, {entry['dtype']}: the answer was wrong: not published")
     peer = entry.get("peer")
-    sizes = f"{entry['what']}, {entry['batch']} × {entry['context']}"
+    shape = f"{entry['what']}, {entry['batch']} × {entry['context']}"
     roof = "memory" if entry["roof"] == "memory" else "arithmetic"
     return (
-        document["model"], sizes, entry["dtype"], entry["backend"], digits(1e3 * entry["seconds"]["median"]),
+        model_sizes(document), shape, entry["dtype"], entry["backend"], digits(1e3 * entry["seconds"]["median"]),
         f"{entry['tokens_per_second']:,.0f}", reached(entry), f"{percent(entry['of_roof']['median'])} ({roof})",
         "" if peer is None else f"{peer['ratio']['median']:.2f}",
     )  # fmt: skip
@@ -47,6 +48,8 @@ def _origin(document: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     threads = "1 thread" if document["threads"] == 1 else f"{document['threads']} threads"
     where = f"{machine['processor']}, {machine['cores']} cores, {threads}; {told}"
+    if gpu := machine.get("gpu"):
+        where = f"{gpu['card']}, driver {gpu['driver']}, CUDA {gpu['cuda']}; {where}"
     return f"`{document['command']}`: {where}; the median of {document['rounds']} rounds.\n"
 
 

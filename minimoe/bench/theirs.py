@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from minimoe.arrays import xp_of
 from minimoe.bench.memory import peak_bytes, reset_peak
 from minimoe.bench.models import Source
 from minimoe.bench.workloads import CHECKED, Task
@@ -21,12 +23,12 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")  # of the experts; the f
 FEW_TOKENS = 8  # batched_mm copies the weights of every token's experts: for more it takes gigabytes, and is slow
 
 
-def serve(pipe: Any, source: Source, threads: int) -> None:
+def serve(pipe: Any, source: Source, threads: int, device: str = "cpu") -> None:
     """Answer calls until told to end."""
     if os.environ.get("OMP_WAIT_POLICY") == "passive":  # ours, inherited
         del os.environ["OMP_WAIT_POLICY"]
     try:
-        theirs = Theirs(source, threads)
+        theirs = Theirs(source, threads, device)
         pipe.send((False, theirs.versions))
         while (message := pipe.recv()) is not None:
             method, arguments = message
@@ -43,7 +45,7 @@ def serve(pipe: Any, source: Source, threads: int) -> None:
 class Theirs:
     """Their model; only ever made in the other process."""
 
-    def __init__(self, source: Source, threads: int) -> None:
+    def __init__(self, source: Source, threads: int, device: str = "cpu") -> None:
         import torch
         import transformers
 
@@ -51,8 +53,8 @@ class Theirs:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        self._torch, self._source = torch, source
-        self._original = self._model = _build(source)
+        self._torch, self._source, self._device = torch, source, torch.device("cuda" if device == "gpu" else "cpu")
+        self._original = self._model = _build(source).to(self._device)
         self._task: Task | None = None
         self._cache: Any = None
         self._optimizer: Any = None
@@ -60,8 +62,10 @@ class Theirs:
     def prepare(self, task: Task) -> str:
         """Take a task; return the name of the experts' implementation that does it fastest."""
         torch = self._torch
-        self._task, self._prompt = task, torch.from_numpy(task.prompt.astype(np.int64))
-        self._following = torch.from_numpy(task.following.astype(np.int64))
+        self._task = task
+        self._prompt, self._following = (
+            torch.from_numpy(ids.astype(np.int64)).to(self._device) for ids in (task.prompt, task.following)
+        )
         self._cache, self._optimizer = None, None
         self._model = self._original
         if task.what == "train":
@@ -99,9 +103,7 @@ class Theirs:
         with self._torch.inference_mode():
             if self._task.what == "decode":
                 return self._decode(self._following.shape[1])[0]
-            start = perf_counter()
-            self._first()
-            return perf_counter() - start
+            return self._timed(self._first)[0]
 
     def answer(self) -> Array:
         """What our workload of the same name answers."""
@@ -111,24 +113,32 @@ class Theirs:
         with self._torch.inference_mode():
             if self._task.what == "decode":
                 logits = self._decode(min(CHECKED, self._following.shape[1]))[1]
-                return self._torch.cat([one[:, -1].float() for one in logits]).numpy()
-            return self._first().float().numpy()
+                return self._torch.cat([one[:, -1].float() for one in logits]).cpu().numpy()
+            return self._first().float().cpu().numpy()
 
     def peak(self) -> int:
-        """Run once; return the peak of this process's memory."""
+        """Run once; return the peak of this process's memory, or on a device of what it took there."""
+        if self._device.type == "cuda":
+            self._torch.cuda.reset_peak_memory_stats()
+            self.run()
+            return int(self._torch.cuda.max_memory_allocated())
         reset_peak()
         self.run()
         return peak_bytes()
 
+    def _timed(self, work: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds until the device has finished, and what the work returned."""
+        start = perf_counter()
+        result = work()
+        if self._device.type == "cuda":
+            self._torch.cuda.synchronize()
+        return perf_counter() - start, result
+
     def rate(self, dtype: str, side: int) -> float:
         """Floating-point operations per second of torch's own matrix product."""
         torch = self._torch
-        a, b = (torch.randn(side, side).to(getattr(torch, dtype)) for _ in range(2))
-        times = []
-        for _ in range(3):
-            start = perf_counter()
-            torch.nn.functional.linear(a, b)
-            times.append(perf_counter() - start)
+        a, b = (torch.randn(side, side, device=self._device).to(getattr(torch, dtype)) for _ in range(2))
+        times = [self._timed(lambda: torch.nn.functional.linear(a, b))[0] for _ in range(3)]
         return float(2 * side**3 / min(times))
 
     def _first(self) -> Any:
@@ -144,28 +154,30 @@ class Theirs:
         T = self._prompt.shape[1]
         if (more := self._cache.get_seq_length() - T) > 0:
             self._cache.crop(-more)
-        start = perf_counter()
-        logits = [
-            self._model(self._following[:, i : i + 1], past_key_values=self._cache, use_cache=True).logits
-            for i in range(steps)
-        ]
-        return (perf_counter() - start) / steps, logits
+        seconds, logits = self._timed(
+            lambda: [
+                self._model(self._following[:, i : i + 1], past_key_values=self._cache, use_cache=True).logits
+                for i in range(steps)
+            ]
+        )
+        return seconds / steps, logits
 
     def _loss(self) -> float:
         with self._torch.no_grad():
             return float(self._model(self._prompt, labels=self._prompt, output_router_logits=False).loss)
 
     def _train(self) -> float:
-        start = perf_counter()
+        return self._timed(self._step)[0]
+
+    def _step(self) -> None:
         self._optimizer.zero_grad()
         self._model(self._prompt, labels=self._prompt).loss.backward()
         self._torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
-        return perf_counter() - start
 
 
 def _build(source: Source) -> Any:
-    """Their model with the weights of `source`, each tensor copied once."""
+    """Their model with the weights of `source`, each tensor copied once; what is drawn on a device stays there."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -191,6 +203,11 @@ def _build(source: Source) -> Any:
 def _tensor(array: Array) -> Any:
     import torch
 
+    if (xp := xp_of(array)) is not np:
+        array = xp.ascontiguousarray(array)
+        if array.dtype.name == "bfloat16":
+            return torch.from_dlpack(array.view(xp.int16)).view(torch.bfloat16)
+        return torch.from_dlpack(array)
     array = np.ascontiguousarray(array)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
@@ -204,7 +221,8 @@ def _to_theirs(config: ModelConfig, arrays: dict[str, Array]) -> dict[str, Array
     if not config.dense:
         for i in range(config.num_layers):
             experts = [f"layers.{i}.feed_forward.experts.{e}." for e in range(config.num_experts)]
-            both = [np.concatenate([arrays[e + "w1"], arrays[e + "w3"]]) for e in experts]
-            found[f"model.layers.{i}.mlp.experts.gate_up_proj"] = np.stack(both)
-            found[f"model.layers.{i}.mlp.experts.down_proj"] = np.stack([arrays[e + "w2"] for e in experts])
+            xp = xp_of(arrays[experts[0] + "w1"])
+            both = [xp.concatenate([arrays[e + "w1"], arrays[e + "w3"]]) for e in experts]
+            found[f"model.layers.{i}.mlp.experts.gate_up_proj"] = xp.stack(both)
+            found[f"model.layers.{i}.mlp.experts.down_proj"] = xp.stack([arrays[e + "w2"] for e in experts])
     return found

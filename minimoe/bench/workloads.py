@@ -19,12 +19,13 @@ from minimoe.arrays import to_host
 from minimoe.backends import Backend
 from minimoe.bench.work import TRAINING, Pass, Work, experts_chosen
 from minimoe.config import ModelConfig
-from minimoe.generate import generate_ids
+from minimoe.generate import Decoding, generate_ids
 from minimoe.params import Params, map_leaves, stack_experts
 from minimoe.shapes import Array
 from minimoe.training.loop import TrainConfig, TrainState, train_step
 
 STEPS = 16  # decoding steps of one run
+CHUNK = 4096  # tokens of a prompt that are read at once: what a step keeps between its ops grows with them
 CHECKED = 4  # of which so many are compared
 
 
@@ -113,11 +114,8 @@ class Ours(ABC):
 class Prefill(Ours):
     """Read the prompt into a new cache; logits of the last token."""
 
-    def _forward(self) -> tuple[Array, Any]:
-        B, T = self.task.prompt.shape
-        cache = mixtral.new_cache(self.ops, self.config, self.params, B, T)
-        inputs = mixtral.check_inputs(self.task.prompt, self.config.vocab_size, cache=cache)
-        return mixtral.forward(self.ops, self.config, self.params, inputs, cache=cache, last_only=True)
+    def _forward(self) -> list[tuple[Array, Any]]:
+        return read_prompt(self, mixtral.new_cache(self.ops, self.config, self.params, *self.task.prompt.shape))
 
     def run(self) -> float:
         """Read the prompt once."""
@@ -125,25 +123,53 @@ class Prefill(Ours):
 
     def answer(self) -> Array:
         """(B, V) logits."""
-        return to_host(self._forward()[0])[:, 0]
+        return to_host(self._forward()[-1][0])[:, 0]
+
+    def _passes(self) -> list[Pass]:
+        sizes = [part.shape[1] for part in chunks(self.task.prompt)]
+        held = np.cumsum([0, *sizes])
+        return [
+            self.passes(size, int(before), routed)
+            for size, before, (_, routed) in zip(sizes, held, self._forward(), strict=False)
+        ]
 
     def first_pass(self) -> Pass:
-        """Describe the pass over the prompt."""
-        return self.passes(self.task.prompt.shape[1], 0, self._forward()[1])
+        """Describe the pass over the prompt's first chunk."""
+        return self._passes()[0]
 
     def work(self) -> Work:
-        """Count one pass over the prompt."""
-        return self.first_pass().work(self.config)
+        """Count the passes over the prompt."""
+        total = Work(0, 0)
+        for one in self._passes():
+            total += one.work(self.config)
+        return total
+
+
+def chunks(prompt: Int[Array, "B T"]) -> list[Int[Array, "B t"]]:
+    """Split a prompt into what is read at once."""
+    return [prompt[:, i : i + CHUNK] for i in range(0, prompt.shape[1], CHUNK)]
+
+
+def read_prompt(workload: Ours, cache: mixtral.KVCache) -> list[tuple[Array, Any]]:
+    """Read the prompt into a cache; return logits of the last token and routing of each chunk."""
+    ops, config, params, found = workload.ops, workload.config, workload.params, []
+    for part in chunks(workload.task.prompt):
+        inputs = mixtral.check_inputs(part, config.vocab_size, cache=cache)
+        found.append(mixtral.forward(ops, config, params, inputs, cache=cache, last_only=True))
+    return found
 
 
 class Decode(Ours):
-    """One token after the other, with the prompt in the cache; the tokens are given, so nothing is sampled."""
+    """One token after the other, with the prompt in the cache; the tokens are given, so nothing is sampled.
+
+    On a device it goes as generation does, by replaying one graph.
+    """
 
     def __post_init__(self) -> None:
         (B, T), n = self.task.prompt.shape, self.task.following.shape[1]
         self._cache = mixtral.new_cache(self.ops, self.config, self.params, B, T + n)
-        inputs = mixtral.check_inputs(self.task.prompt, self.config.vocab_size, cache=self._cache)
-        mixtral.forward(self.ops, self.config, self.params, inputs, cache=self._cache, last_only=True)
+        read_prompt(self, self._cache)
+        self._decoding = Decoding(self.ops, self.config, self.params, self._cache)
         if self._cache.positions.shape[1] < T + n:
             raise ValueError(f"decode: prompt and new tokens, {T + n}, exceed the sliding window: lower --context")
 
@@ -154,26 +180,30 @@ class Decode(Ours):
 
     def _rewind(self) -> None:
         """Forget the tokens after the prompt."""
-        T = self.task.prompt.shape[1]
-        self._cache.lengths[:] = T
-        self._cache.positions[:, T:] = -1
+        self._decoding.go_back(self.task.prompt.shape[1])
 
     def _step(self, i: int) -> tuple[Array, Any]:
         token = self.task.following[:, i : i + 1]
         inputs = mixtral.check_inputs(token, self.config.vocab_size, cache=self._cache)
         return mixtral.forward(self.ops, self.config, self.params, inputs, cache=self._cache)
 
+    def _follow(self, i: int) -> Array:
+        """(B, V) logits of one step."""
+        if self.ops.xp is not np and self.ops.graphs:
+            return self._decoding(self.task.following[:, i])
+        return self._step(i)[0][:, 0]
+
     def run(self) -> float:
         """Decode all tokens; return the seconds of one step."""
         self._rewind()
         n: int = self.task.following.shape[1]
-        return self.timed(lambda: [self._step(i) for i in range(n)]) / n
+        return self.timed(lambda: [self._follow(i) for i in range(n)]) / n
 
     def answer(self) -> Array:
         """(CHECKED · B, V) logits of the first steps."""
         self._rewind()
         steps = min(CHECKED, self.task.following.shape[1])
-        return np.concatenate([to_host(self._step(i)[0])[:, 0] for i in range(steps)])
+        return np.concatenate([to_host(self._follow(i)) for i in range(steps)])
 
     def first_pass(self) -> Pass:
         """Describe the first step."""
@@ -212,7 +242,7 @@ class Train(Ours):
         B, T = self.task.prompt.shape
         self._settings = TrainConfig(steps=1000, batch_size=B, sequence_length=T)
         xp = self.ops.xp
-        weights = stack_experts(map_leaves(self.params, lambda w: xp.array(w, np.float32)))
+        weights = stack_experts(map_leaves(self.params, lambda w: w.astype(np.float32)))
         self._state = TrainState(weights, map_leaves(weights, xp.zeros_like), map_leaves(weights, xp.zeros_like))
 
     def _step(self) -> float:

@@ -24,11 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(BENCHMARKS)}: sizes with random, seeded weights")
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder instead; it is mapped into memory")
-    parser.add_argument("--backend", metavar="NAME", help="numpy, numba (default); several may be given", **several)
+    parser.add_argument(
+        "--backend", metavar="NAME", help="numpy, numba (default), cuda; several may be given", **several
+    )
     parser.add_argument("--dtype", metavar="NAME", help=f"{', '.join(DTYPES)}; several may be given", **several)
     parser.add_argument("--batch", type=int, metavar="B", help="sequences; several may be given", **several)
     parser.add_argument("--context", type=int, metavar="TOKENS", help="of the prompt; several may be given", **several)
     parser.add_argument("--experts", type=int, metavar="E", help="instead of the preset's; several", **several)
+    parser.add_argument("--layers", type=int, metavar="L", help="only the preset's first layers")
     parser.add_argument("--what", metavar="TASK", help=f"{', '.join(WORKLOADS)}, ops; several", **several)
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns that everything takes (default 5)")
     parser.add_argument(
@@ -70,6 +73,7 @@ def _order(args: argparse.Namespace) -> Order:
         backends=_once(args.backend) or ("numba",), dtypes=_once(args.dtype), batches=_once(args.batch),
         contexts=_once(args.context), experts=_once(args.experts), what=_once(args.what),
         ops=args.figure is not None, rounds=args.rounds, threads=args.threads, peers=_once(args.peers) or (),
+        layers=args.layers,
     )  # fmt: skip
 
 
@@ -81,7 +85,8 @@ def _once(values: list[Any] | None) -> list[Any] | None:
 def _command(args: argparse.Namespace) -> str:
     """The command as it would be typed again; where results are kept is left out."""
     words = ["minimoe", "bench"]
-    for name in ("preset", "model", "backend", "dtype", "batch", "context", "experts", "what", "threads", "peers"):
+    flags = ("preset", "model", "backend", "dtype", "batch", "context", "experts", "layers", "what", "threads", "peers")
+    for name in flags:
         value = getattr(args, name)
         if value is not None:
             words += [f"--{name}", *map(str, _once(value) or () if isinstance(value, list) else [value])]
@@ -108,13 +113,15 @@ def _print(document: dict[str, Any]) -> None:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     threads = f"{document['threads']} threads"
-    print(f"{document['model']} on {machine['processor']}, {threads}, median of {document['rounds']} rounds\n")
+    where = f"{machine['gpu']['card']} beside {machine['processor']}" if "gpu" in machine else machine["processor"]
+    print(f"{report.sizes(document)} on {where}, {threads}, median of {document['rounds']} rounds\n")
     if document["results"]:
         print(table(report.HEAD, report.rows(document)))
         print()
     if document["ops"]:
         print(table(report.OPS_HEAD, report.op_rows(document)))
         print()
-    print(table(report.PROCESS_HEAD, report.process_rows(document)))
-    print()
+    if document["processes"]:
+        print(table(report.PROCESS_HEAD, report.process_rows(document)))
+        print()
     print("\n".join(report.lines(document)))

@@ -11,6 +11,7 @@ ABOUT = {
     "dtype": {"enum": ["float32", "float64", "bfloat16"]},
     "batch": {"type": "integer", "minimum": 1},
     "context": {"type": "integer", "minimum": 1},
+    "layers": {"type": "integer", "minimum": 1},
     "experts": {"type": "integer", "minimum": 1},
     "parameters": {"type": "integer", "minimum": 1},
 }
@@ -76,11 +77,13 @@ SCHEMA = {
         "format": {"const": "minimoe bench 1"},
         "model": {"type": "string"},
         "rounds": {"type": "integer"},
+        "layers": {"type": "integer"},
         "threads": {"type": "integer"},
         "command": {"type": "string"},
         "date": {"type": "string"},
         "peer_versions": {"type": "object"},
         "peer_rates": {"type": "object"},
+        "peer_device": {"enum": ["cpu", "gpu"]},
         "machine": {
             "type": "object",
             "required": ["processor", "cores", "memory_bytes", "system", "python", "packages", "blas"],

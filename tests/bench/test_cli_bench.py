@@ -72,7 +72,13 @@ def test_a_wrong_answer_is_status_1(bench, monkeypatch):
 
 
 MISTAKES = {
-    "preset": (["--preset", "huge"], "unknown preset 'huge'; minimoe bench has tiny, medium, mixtral-2-layers"),
+    "preset": (
+        ["--preset", "huge"],
+        "unknown preset 'huge'; minimoe bench has tiny, medium, mixtral-2-layers, mixtral-8x7b",
+    ),
+    "layers": (["--layers", "0"], "--layers must be between 1 and the model's 6, not 0"),
+    "layers of a folder": (["--model", "model", "--layers", "4"], "--layers: the layers of a folder are given"),
+    "host": (["--preset", "mixtral-8x7b"], "its weights are drawn on the device: choose --backend cuda alone"),
     "batch": (["--batch", "-2"], "--batch must be at least 1, not -2"),
     "batch 0": (["--batch", "0"], "--batch must be at least 1, not 0"),
     "long": (["--context", "300"], "--context must be between 1 and 256 tokens for this model, not 300"),

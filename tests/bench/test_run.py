@@ -111,7 +111,7 @@ class SlowPeer:
     implementation, wrong = "eager", False
 
     def __init__(self, *given):
-        self.task = given[1]
+        self.task, self.device = given[1], "cpu"
 
     def ask(self, method, *arguments):
         return 5e9

@@ -14,16 +14,23 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import minimoe.ops
 from minimoe.cuda import source
 
 ROOMS = sorted(path.parent.name for path in Path(minimoe.ops.__path__[0]).glob("*/kernels.cu"))
+ROOMS += ["benchmark"]  # no room: what it runs on the device besides the model
+
+
+def dialect_of(room: str) -> ModuleType:
+    """The module that names a room's kernels."""
+    return importlib.import_module("minimoe.bench.device" if room == "benchmark" else f"minimoe.ops.{room}.cupy_gpu")
 
 
 def unit(room: str) -> str:
     """A room's source, and a table that asks for every instantiation of its list."""
-    dialect = importlib.import_module(f"minimoe.ops.{room}.cupy_gpu")
+    dialect = dialect_of(room)
     table = ",\n    ".join(f"reinterpret_cast<void*>(&{name})" for name in dialect.INSTANCES)
     return f"{source(dialect.KERNELS)}\nvoid* instances[] = {{\n    {table}}};\n"
 

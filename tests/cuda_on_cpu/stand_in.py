@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import threading
+import time
 import types
 import weakref
 from typing import Any
@@ -400,6 +401,16 @@ class Stream:
         return Graph(recorded)
 
 
+class Event:
+    """A mark in a stream, where all is done as soon as it is asked for."""
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert STATE.recording is None, "an event was waited for during capture"
+
+
 class MemoryPool:
     def __init__(self, allocator: Any = None) -> None:
         self._allocator = allocator
@@ -463,6 +474,8 @@ def make_cupy() -> types.ModuleType:
         ),
         Stream=Stream,
         get_current_stream=lambda: stream,
+        Event=Event,
+        get_elapsed_time=lambda start, end: 1e3 * (end.at - start.at),
         MemoryPool=MemoryPool,
         using_allocator=using_allocator,
         memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
