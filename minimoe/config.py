@@ -1,6 +1,7 @@
 """What a model is made of: `ModelConfig`, frozen and validated where it is made, and the presets.
 
-Sizes follow the papers: Mistral 7B (arXiv 2310.06825), Mixtral of Experts (arXiv 2401.04088).
+Sizes follow the papers, Mistral 7B (arXiv 2310.06825), Mixtral of Experts (arXiv 2401.04088) and Llama 2
+(arXiv 2307.09288), and Grok-1's released code (2024).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any, Self
 
 BALANCE_FORMS = ("per_layer", "concatenated", "switch")
 ACTIVATIONS = ("silu", "gelu_tanh")
+_POSITIVE = ("attention_scale", "attention_cap", "embedding_multiplier", "output_multiplier")
+_OPTIONAL = ("attention_scale", "attention_cap")
 _LIMIT = 2**31 - 1  # every single dimension fits a 32-bit index
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
@@ -27,7 +30,8 @@ class ConfigError(ValueError):
 class ModelConfig:
     """Sizes and constants of one decoder.
 
-    A *dense* model (Mistral-7B, Llama-2) is the same decoder with one expert and no gate.
+    A *dense* model (Mistral-7B, Llama-2) is the same decoder with one expert and no gate. The fields from `activation`
+    to `post_norms` say what Grok-1 does otherwise; their defaults are Mixtral.
 
     Attributes
     ----------
@@ -49,6 +53,19 @@ class ModelConfig:
         Longest context the model was made for, in tokens (a default for caches, not a limit of the arithmetic).
     tie_embeddings : bool
         The output projection is the embedding table.
+    activation : {"silu", "gelu_tanh"}
+        Of the experts.
+    renormalise : bool
+        Gate weights are a softmax over the k chosen logits; False: over all E.
+    attention_scale : float or None
+        What q · k is multiplied by; None is 1 / sqrt(C).
+    attention_cap : float or None
+        Scores are bounded: cap · tanh(score / cap). None is no bound.
+    embedding_multiplier, output_multiplier : float
+        What embeddings and logits are multiplied by.
+    post_norms : bool
+        What attention writes, and what the experts write, is normed before it joins the residual stream: four norms in
+        a block. Needs norm_eps > 0, since padding writes zeros.
     balance_coefficient : float
         Weight of the load-balancing loss in the training loss.
     balance_form : {"per_layer", "concatenated", "switch"}
@@ -79,6 +96,13 @@ class ModelConfig:
     sliding_window: int | None = None
     max_length: int = 32768
     tie_embeddings: bool = False
+    activation: str = "silu"
+    renormalise: bool = True
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    embedding_multiplier: float = 1.0
+    output_multiplier: float = 1.0
+    post_norms: bool = False
     balance_coefficient: float = 0.02
     balance_form: str = "concatenated"
     router_jitter: float = 0.0
@@ -90,7 +114,7 @@ class ModelConfig:
             _check_size(name, getattr(self, name))
         if self.sliding_window is not None:
             _check_size("sliding_window", self.sliding_window)
-        for name in ("dense", "tie_embeddings"):
+        for name in ("dense", "tie_embeddings", "renormalise", "post_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         self._check_relations()
@@ -118,14 +142,22 @@ class ModelConfig:
             )
         if self.balance_form not in BALANCE_FORMS:
             raise ConfigError(f"balance_form must be one of {', '.join(BALANCE_FORMS)}, not {self.balance_form!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+        if self.dense and not self.renormalise:
+            raise ConfigError("a dense model has no gate weights: renormalise must be True")
 
     def _check_numbers(self) -> None:
-        for name, low in (("norm_eps", 0.0), ("rope_theta", 0.0), ("balance_coefficient", 0.0), ("router_jitter", 0.0)):
+        for name in ("norm_eps", "rope_theta", "balance_coefficient", "router_jitter", *_POSITIVE):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= sys.float_info.max:
-                raise ConfigError(f"{name} must be a finite number of at least {low:g}, not {value!r}")
-        if self.rope_theta == 0:
-            raise ConfigError("rope_theta must be positive, not 0")
+            if value is None and name in _OPTIONAL:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+                raise ConfigError(f"{name} must be a finite number of at least 0, not {value!r}")
+            if value == 0 and (name in _POSITIVE or name == "rope_theta"):
+                raise ConfigError(f"{name} must be positive, not 0")
+        if self.post_norms and self.norm_eps == 0:
+            raise ConfigError("post_norms need a positive norm_eps, not 0: padding writes zeros")
         if self.router_jitter >= 1:
             raise ConfigError(f"router_jitter must be below 1, not {self.router_jitter!r}")
 
@@ -144,11 +176,16 @@ class ModelConfig:
         """Parameters that take part in one token: k of the E experts, everything else."""
         return self._parameters(self.num_experts_per_token)
 
+    @property
+    def norms_per_block(self) -> int:
+        """Two before, and two after where there are post-norms."""
+        return 4 if self.post_norms else 2
+
     def _parameters(self, experts: int) -> int:
         D, H, K, C = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
         attention = 2 * D * H * C + 2 * D * K * C
         gate = 0 if self.dense else self.num_experts * D
-        block = attention + gate + experts * 3 * D * self.intermediate_size + 2 * D
+        block = attention + gate + experts * 3 * D * self.intermediate_size + self.norms_per_block * D
         tables = 1 if self.tie_embeddings else 2
         return self.num_layers * block + tables * self.vocab_size * D + D
 
@@ -164,7 +201,7 @@ class ModelConfig:
         if self.sliding_window is not None:
             context = min(context, self.sliding_window)
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size  # a gather, not a product
-        norms = (2 * self.num_layers + 1) * self.hidden_size
+        norms = (self.norms_per_block * self.num_layers + 1) * self.hidden_size
         weights = self.num_active_parameters() - embedding - norms
         attention = self.num_layers * 2 * self.num_heads * self.head_dim * context
         return 2 * (weights + attention)
@@ -198,6 +235,12 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     "llama-2-70b": _MISTRAL.replace(
         hidden_size=8192, num_layers=80, num_heads=64, intermediate_size=28672, sliding_window=None, max_length=4096
+    ),
+    "grok-1": ModelConfig(
+        vocab_size=131072, hidden_size=6144, intermediate_size=32768, num_layers=64, num_heads=48, num_kv_heads=8,
+        head_dim=128, rope_theta=1e4, max_length=8192, tie_embeddings=True, activation="gelu_tanh", renormalise=False,
+        attention_scale=0.08838834764831845, attention_cap=30.0, embedding_multiplier=78.38367176906169,
+        output_multiplier=0.5773502691896257, post_norms=True,
     ),
 }  # fmt: skip
 

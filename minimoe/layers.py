@@ -4,6 +4,7 @@ h   = x + residual                            the stream that enters the block
 h2  = h + Attention(RMSNorm(h))
 out = h2 + Experts(RMSNorm(h2))
 
+Where there are post-norms (Grok-1), what attention and experts wrote passes one more RMSNorm before it is added.
 The sums are made by the norm that follows (rmsnorm takes a residual), so a block hands on two arrays: what its experts
 wrote, and the stream they are to be added to. Source: Jiang et al., Mixtral of Experts, arXiv 2401.04088, figure 1.
 """
@@ -72,7 +73,7 @@ class Saved:
     """What a block keeps for its backward.
 
     h, r, y are the stream, 1 / rms and the output of attention_norm; h2, r2, y2 those of ffn_norm (y2 after jitter);
-    q and k are rotated.
+    q and k are rotated. attended and written are what the post-norms read, and 1 / rms, where there are any.
     """
 
     h: Array
@@ -89,6 +90,8 @@ class Saved:
     jitter: Array | None
     routed: Routed
     experts: experts.Saved | None
+    attended: tuple[Array, Array] | None
+    written: tuple[Array, Array] | None
 
 
 def forward(
@@ -132,6 +135,7 @@ def forward(
     v = v.reshape(B, T, config.num_kv_heads, C).astype(kept_dtype(a.wv), copy=False)
     context, lse = _attend(ops, config, q, k, v, batch, cache)
     attended = ops.linear.forward(context.reshape(N, -1), [a.wo])[0]  # (N, H C) -> (N, D)
+    attended, before = _post_norm(ops, config, attended, layer.attention_post_norm)
 
     y2, h2, r2 = ops.rmsnorm.forward(attended, layer.ffn_norm, config.norm_eps, h)
     noise = None if jitter is None else jitter(y2.shape)
@@ -139,9 +143,20 @@ def forward(
         y2 = y2 * noise  # before the gate *and* the experts
     routed = route(ops, config, layer.feed_forward, y2, batch.active, choice)
     f = layer.feed_forward
-    out, kept = ops.experts.forward(y2, f.w1, f.w2, f.w3, routed.ids, routed.weights, keep)
-    saved = Saved(h, r, y, q, k, v, context, lse, h2, r2, y2, noise, routed, kept) if keep else None
+    out, kept = ops.experts.forward(y2, f.w1, f.w2, f.w3, routed.ids, routed.weights, keep, config.activation)
+    out, before2 = _post_norm(ops, config, out, layer.ffn_post_norm)
+    saved = Saved(h, r, y, q, k, v, context, lse, h2, r2, y2, noise, routed, kept, before, before2) if keep else None
     return out, h2, routed, saved
+
+
+def _post_norm(
+    ops: Backend, config: ModelConfig, x: Float[Array, "N D"], weight: Float[Array, " D"] | None
+) -> tuple[Float[Array, "N D"], tuple[Array, Array] | None]:
+    """Norm what a part of the block wrote, where it has such a norm; also what the backward needs."""
+    if weight is None:
+        return x, None
+    y, h, r = ops.rmsnorm.forward(x, weight, config.norm_eps)
+    return y, (h, r)
 
 
 def route(
@@ -160,7 +175,7 @@ def route(
             ids = xp.where(active[:, None], ids, -1)
         return Routed(None, ids, (ids >= 0).astype(x.dtype))
     k = config.num_experts_per_token
-    logits, ids, weights = ops.gating.forward(x, ffn.gate, k, active, choice.allowed, choice.ids)
+    logits, ids, weights = ops.gating.forward(x, ffn.gate, k, active, choice.allowed, choice.ids, config.renormalise)
     if choice.weights is not None:
         weights = xp.where(ids >= 0, choice.weights, 0).astype(weights.dtype)
     return Routed(logits, ids, weights)
@@ -180,17 +195,17 @@ def _attend(
     A chunk attends to [cache ‖ new] and is written afterwards: written first it would overwrite keys that its early
     queries still need. A single token may be written first, since the key it overwrites has just left its window.
     """
-    xp, W = ops.xp, config.sliding_window
+    xp, W, scale, cap = ops.xp, config.sliding_window, config.attention_scale, config.attention_cap
     if cache is None:
-        return ops.attention.forward(q, k, v, batch.q_pos, batch.q_pos, W)
+        return ops.attention.forward(q, k, v, batch.q_pos, batch.q_pos, W, scale, cap)
     if q.shape[1] == 1 and batch.cache_pos is not None:
         ops.kv_cache.forward(cache.k, cache.v, k, v, batch.q_pos)
-        return ops.attention.forward(q, cache.k, cache.v, batch.q_pos, batch.cache_pos, W)
+        return ops.attention.forward(q, cache.k, cache.v, batch.q_pos, batch.cache_pos, W, scale, cap)
     keys, values, k_pos = k, v, batch.q_pos
     if batch.cache_pos is not None:
         keys, values = xp.concatenate([cache.k, k], axis=1), xp.concatenate([cache.v, v], axis=1)
         k_pos = xp.concatenate([batch.cache_pos, batch.q_pos], axis=1)  # (B, R + T)
-    result = ops.attention.forward(q, keys, values, batch.q_pos, k_pos, W)
+    result = ops.attention.forward(q, keys, values, batch.q_pos, k_pos, W, scale, cap)
     ops.kv_cache.forward(cache.k, cache.v, k, v, batch.q_pos)
     return result
 
@@ -219,24 +234,27 @@ def backward(
     """
     a, f, s = layer.attention, layer.feed_forward, saved
     assert s.experts is not None
-    N, E = dout.shape[0], config.num_experts
-    # forward: out = Experts(y2)
-    dy2, dw1, dw2, dw3, dweights = ops.experts.backward(dout, s.y2, f.w1, f.w2, f.w3, s.routed.weights, s.experts)
+    N, E, act = dout.shape[0], config.num_experts, config.activation
+    # forward: out = RMSNorm(written), written = Experts(y2)
+    dout, dffn_post_norm = _post_norm_backward(ops, dout, layer.ffn_post_norm, s.written)
+    dy2, dw1, dw2, dw3, dweights = ops.experts.backward(dout, s.y2, f.w1, f.w2, f.w3, s.routed.weights, s.experts, act)
     dgate = None
     if f.gate is not None:
         # forward: logits, ids, weights = Gate(y2)
-        dx, dgate = ops.gating.backward(dweights, dlogits, s.y2, f.gate, s.routed.ids, s.routed.weights)
+        over_all = None if config.renormalise else s.routed.logits
+        dx, dgate = ops.gating.backward(dweights, dlogits, s.y2, f.gate, s.routed.ids, s.routed.weights, over_all)
         dy2 = dy2 + dx
     if s.jitter is not None:
         dy2 = dy2 * s.jitter
     # forward: y2, h2 = RMSNorm(attended + h)
     dh2, dffn_norm = ops.rmsnorm.backward(dy2, s.h2, layer.ffn_norm, s.r2, dresidual)
-    # forward: attended = context · woᵀ
-    dcontext, (dwo,) = ops.linear.backward([dh2], s.context.reshape(N, -1), [a.wo])
+    # forward: attended = RMSNorm(context · woᵀ)
+    dattended, dattention_post_norm = _post_norm_backward(ops, dh2, layer.attention_post_norm, s.attended)
+    dcontext, (dwo,) = ops.linear.backward([dattended], s.context.reshape(N, -1), [a.wo])
     # forward: context = Attention(q, k, v)
     dcontext = dcontext.reshape(s.context.shape)
-    pos, W = batch.q_pos, config.sliding_window
-    dq, dk, dv = ops.attention.backward(dcontext, s.q, s.k, s.v, pos, pos, W, s.context, s.lse)
+    pos, W, scale, cap = batch.q_pos, config.sliding_window, config.attention_scale, config.attention_cap
+    dq, dk, dv = ops.attention.backward(dcontext, s.q, s.k, s.v, pos, pos, W, s.context, s.lse, scale, cap)
     # forward: q, k = rope(...)
     dq = ops.rope.backward(dq.reshape(N, -1, config.head_dim), batch.cos, batch.sin).reshape(N, -1)
     dk = ops.rope.backward(dk.reshape(N, -1, config.head_dim), batch.cos, batch.sin).reshape(N, -1)
@@ -246,6 +264,18 @@ def backward(
     dh, dattention_norm = ops.rmsnorm.backward(dy, s.h, layer.attention_norm, s.r, dh2)
     assert len(dw1) == E
     grads = LayerParams(
-        dattention_norm, AttentionParams(dwq, dwk, dwv, dwo), dffn_norm, FeedForwardParams(dgate, dw1, dw2, dw3)
-    )
+        dattention_norm, AttentionParams(dwq, dwk, dwv, dwo), dffn_norm, FeedForwardParams(dgate, dw1, dw2, dw3),
+        dattention_post_norm, dffn_post_norm,
+    )  # fmt: skip
     return dh, grads
+
+
+def _post_norm_backward(
+    ops: Backend, dy: Float[Array, "N D"], weight: Float[Array, " D"] | None, saved: tuple[Array, Array] | None
+) -> tuple[Float[Array, "N D"], Float[Array, " D"] | None]:
+    """Invert `_post_norm`: the gradients of what it read, and of its weight."""
+    if weight is None:
+        return dy, None
+    assert saved is not None
+    h, r = saved
+    return ops.rmsnorm.backward(dy, h, weight, r)

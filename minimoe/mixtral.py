@@ -1,8 +1,8 @@
 """The decoder: embed, blocks, norm, logits. One path serves prefill, chunks, decoding with a cache, and training.
 
-x      = tok_embeddings[tokens]
+x      = tok_embeddings[tokens]   (times the embedding multiplier)
 x      = block_i(x)                i = 0 .. L-1 (in code a pair x, residual whose sum it is: see `layers`)
-logits = RMSNorm(x) · outputᵀ
+logits = RMSNorm(x) · outputᵀ     (times the output multiplier; both are 1 but in Grok-1)
 
 Source: Jiang et al., Mixtral of Experts, arXiv 2401.04088, section 2.
 """
@@ -89,7 +89,12 @@ def _logits(
     ops: Backend, config: ModelConfig, params: Params, x: Float[Array, "N D"], residual: Float[Array, "N D"]
 ) -> Float[Array, "N V"]:
     y, _, _ = ops.rmsnorm.forward(x, params.norm, config.norm_eps, residual)
-    return ops.linear.forward(y, [params.head])[0]  # (N, D) -> (N, V)
+    logits = ops.linear.forward(y, [params.head])[0]  # (N, D) -> (N, V)
+    return _times(logits, config.output_multiplier)
+
+
+def _times(x: Array, factor: float) -> Array:
+    return x if factor == 1 else x * factor
 
 
 @dataclass(frozen=True)
@@ -124,14 +129,14 @@ def loss_and_grads(
         ops, config, params, tokens, batch, None, choose, _noise(ops, config, params, jitter), keep=True
     )
     y, h, r = ops.rmsnorm.forward(x, params.norm, config.norm_eps, residual)
-    logits = ops.linear.forward(y, [params.head])[0]
+    logits = _times(ops.linear.forward(y, [params.head])[0], config.output_multiplier)
     targets = ops.asarray(next_tokens(inputs))
     cross_entropy, _, lse = ops.cross_entropy.forward(logits, targets)
     balance, dlogits_router = _balance(ops, config, routed, batch.active)
     losses = Losses(cross_entropy + config.balance_coefficient * balance, cross_entropy, balance)
 
-    # forward: cross_entropy(logits), logits = y · headᵀ, y = RMSNorm(x + residual)
-    dlogits = ops.cross_entropy.backward(1.0, logits, targets, lse)
+    # forward: cross_entropy(logits), logits = output_multiplier · y · headᵀ, y = RMSNorm(x + residual)
+    dlogits = _times(ops.cross_entropy.backward(1.0, logits, targets, lse), config.output_multiplier)
     dy, (dhead,) = ops.linear.backward([dlogits], y, [params.head])
     dh, dnorm = ops.rmsnorm.backward(dy, h, params.norm, r)
     grads = []
@@ -140,7 +145,8 @@ def loss_and_grads(
         # forward: the block hands on x and residual, whose sum h has the one gradient dh
         dh, grad = layers.backward(ops, config, params.layers[i], batch, saved[i], dh, dh, dlogits_i)
         grads.append(grad)
-    dtable = ops.embedding.backward(dh, tokens.reshape(-1), config.vocab_size)
+    # forward: x = embedding_multiplier · table[tokens]
+    dtable = ops.embedding.backward(_times(dh, config.embedding_multiplier), tokens.reshape(-1), config.vocab_size)
     if params.output is None:
         dtable, dhead = dtable + dhead, None
     return losses, Params(dtable, grads[::-1], dnorm, dhead), routed
@@ -193,6 +199,7 @@ def _blocks(
 ) -> tuple[Float[Array, "N D"], Float[Array, "N D"], list[Routed], list[Any]]:
     """Embed the tokens and run all blocks."""
     x = ops.embedding.forward(tokens.reshape(-1), params.tok_embeddings)  # (B, T) -> (N, D)
+    x = _times(x, config.embedding_multiplier)
     residual = None
     all_routed, all_saved = [], []
     for i, layer in enumerate(params.layers):

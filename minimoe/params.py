@@ -41,12 +41,14 @@ class FeedForwardParams:
 
 @dataclass(eq=False)
 class LayerParams:
-    """One block: two norms (D,), attention and experts."""
+    """One block: norms (D,) before attention and experts, and after them where there are post-norms."""
 
     attention_norm: Array
     attention: AttentionParams
     ffn_norm: Array
     feed_forward: FeedForwardParams
+    attention_post_norm: Array | None = None
+    ffn_post_norm: Array | None = None
 
 
 @dataclass(eq=False)
@@ -85,6 +87,8 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         found[layer + "attention_norm"] = (D,)
         for name, shape in {"wq": (HC, D), "wk": (KC, D), "wv": (KC, D), "wo": (D, HC)}.items():
             found[f"{layer}attention.{name}"] = shape
+        if config.post_norms:
+            found[layer + "attention_post_norm"] = (D,)
         found[layer + "ffn_norm"] = (D,)
         if config.dense:
             found |= {f"{layer}feed_forward.{name}": shape for name, shape in expert.items()}
@@ -92,6 +96,8 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             found[layer + "feed_forward.gate"] = (config.num_experts, D)
             for e in range(config.num_experts):
                 found |= {f"{layer}feed_forward.experts.{e}.{name}": shape for name, shape in expert.items()}
+        if config.post_norms:
+            found[layer + "ffn_post_norm"] = (D,)
     found["norm"] = (D,)
     if not config.tie_embeddings:
         found["output"] = (V, D)
@@ -115,6 +121,8 @@ def leaves(params: Params) -> Iterator[tuple[str, Array]]:
         yield f"layers.{i}.attention_norm", layer.attention_norm
         for field in dataclasses.fields(layer.attention):
             yield f"layers.{i}.attention.{field.name}", getattr(layer.attention, field.name)
+        if layer.attention_post_norm is not None:
+            yield f"layers.{i}.attention_post_norm", layer.attention_post_norm
         yield f"layers.{i}.ffn_norm", layer.ffn_norm
         ffn = layer.feed_forward
         if ffn.gate is not None:
@@ -125,6 +133,8 @@ def leaves(params: Params) -> Iterator[tuple[str, Array]]:
                 yield f"layers.{i}.feed_forward.{name}", weights[0]
             else:
                 yield f"layers.{i}.feed_forward.experts.{name}", weights
+        if layer.ffn_post_norm is not None:
+            yield f"layers.{i}.ffn_post_norm", layer.ffn_post_norm
     yield "norm", params.norm
     if params.output is not None:
         yield "output", params.output
@@ -136,6 +146,9 @@ def from_named(config: ModelConfig, arrays: Mapping[str, Array]) -> Params:
     def layer(i: int) -> LayerParams:
         prefix = f"layers.{i}."
         ffn = prefix + "feed_forward."
+
+        def post_norm(name: str) -> Array | None:
+            return arrays[prefix + name] if config.post_norms else None
 
         def experts(name: str) -> Sequence[Array]:
             if config.dense:
@@ -149,6 +162,8 @@ def from_named(config: ModelConfig, arrays: Mapping[str, Array]) -> Params:
             FeedForwardParams(
                 None if config.dense else arrays[ffn + "gate"], experts("w1"), experts("w2"), experts("w3")
             ),
+            post_norm("attention_post_norm"),
+            post_norm("ffn_post_norm"),
         )
 
     output = None if config.tie_embeddings else arrays["output"]
@@ -187,6 +202,8 @@ def _rebuilt(params: Params, matrix: Callable[[Any], Any], other: Callable[[Any]
             AttentionParams(matrix(a.wq), matrix(a.wk), matrix(a.wv), matrix(a.wo)),
             other(old.ffn_norm),
             FeedForwardParams(None if f.gate is None else other(f.gate), experts(f.w1), experts(f.w2), experts(f.w3)),
+            None if old.attention_post_norm is None else other(old.attention_post_norm),
+            None if old.ffn_post_norm is None else other(old.ffn_post_norm),
         )
 
     output = None if params.output is None else matrix(params.output)

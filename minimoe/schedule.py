@@ -43,6 +43,7 @@ _LETTERS = {
     "attention.probs": "B H T S", "attention.context": "N HC", "attention.out": "N D", "attention_residual": "N D",
     "ffn_norm": "N D", "gating.logits": "N E", "gating.ids": "N k", "gating.weights": "N k",
     "experts.hidden": "N k F", "experts.slots": "N k D", "experts.out": "N D", "out": "N D",
+    "attention_post_norm": "N D", "ffn_post_norm": "N D",
 }  # fmt: skip
 _OUTER = {"tok_embeddings": "N D", "norm": "N D", "logits": "B T V"}
 
@@ -52,7 +53,8 @@ def schedule(config: ModelConfig) -> list[Step]:
     steps = [
         Step("rope", "rope", "table", "angle[n, i] = position[n] · theta^(-2i / C);  cos, sin"),
         Step(
-            "tok_embeddings", "embedding", "forward", "x[n] = table[tokens[n]]", ("tokens",), ("tok_embeddings",),
+            "tok_embeddings", "embedding", "forward",
+            f"x[n] = {_factor(config.embedding_multiplier)}table[tokens[n]]", ("tokens",), ("tok_embeddings",),
             ("tok_embeddings",),
         ),
     ]  # fmt: skip
@@ -60,24 +62,36 @@ def schedule(config: ModelConfig) -> list[Step]:
     for i in range(config.num_layers):
         steps += _block(config, i, stream, first=i == 0)
         stream = f"layers.{i}.out"
-    before = f"layers.{config.num_layers - 1}."
+    reads, total = _handed_on(config, config.num_layers - 1)
     head = "tok_embeddings" if config.tie_embeddings else "output"
     return [
         *steps,
         Step(
-            "norm", "rmsnorm", "forward", "h = residual + experts.out;  y = h · norm / sqrt(mean(h²) + eps)",
-            (before + "experts.out", before + "attention_residual"), (before + "out", "norm"), ("norm",),
+            "norm", "rmsnorm", "forward", f"{total}y = h · norm / sqrt(mean(h²) + eps)", reads, (stream, "norm"),
+            ("norm",),
         ),
-        Step("logits", "linear", "forward", "logits = y · outputᵀ", ("norm",), ("logits",), (head,)),
+        Step(
+            "logits", "linear", "forward", f"logits = {_factor(config.output_multiplier)}y · outputᵀ", ("norm",),
+            ("logits",), (head,),
+        ),
     ]  # fmt: skip
+
+
+def _factor(value: float) -> str:
+    return "" if value == 1 else f"{value:.5g} · "
+
+
+def _handed_on(config: ModelConfig, i: int) -> tuple[tuple[str, str], str]:
+    """The two arrays that block i hands on, and how the next norm adds them."""
+    written = "ffn_post_norm" if config.post_norms else "experts.out"
+    return (f"layers.{i}.{written}", f"layers.{i}.attention_residual"), f"h = residual + {written};  "
 
 
 def _block(config: ModelConfig, i: int, stream: str, first: bool) -> list[Step]:
     """The calls of one block; its first norm makes the sum that ended the block before it."""
-    at, before = f"layers.{i}.", f"layers.{i - 1}."
+    at = f"layers.{i}."
     ffn = at + ("feed_forward." if config.dense else "feed_forward.experts.")
-    reads = (stream,) if first else (before + "experts.out", before + "attention_residual")
-    total = "" if first else "h = residual + experts.out;  "
+    reads, total = ((stream,), "") if first else _handed_on(config, i - 1)
 
     def step(
         name: str, room: str, equation: str, reads: tuple[str, ...], writes: tuple[str, ...],
@@ -88,6 +102,11 @@ def _block(config: ModelConfig, i: int, stream: str, first: bool) -> list[Step]:
     def here(*names: str) -> tuple[str, ...]:
         return tuple(at + name for name in names)
 
+    def post_norm(name: str, read: str) -> list[Step]:
+        equation = f"y = {read} · {name} / sqrt(mean({read}²) + eps)"
+        return [step(name, "rmsnorm", equation, here(read), here(name), here(name))] if config.post_norms else []
+
+    attended = "attention_post_norm" if config.post_norms else "attention.out"
     found = [
         step(
             "attention_norm", "rmsnorm", f"{total}y = h · attention_norm / sqrt(mean(h²) + eps)", reads,
@@ -107,7 +126,7 @@ def _block(config: ModelConfig, i: int, stream: str, first: bool) -> list[Step]:
         ),
         step(
             "attention", "attention",
-            "scores = q · kᵀ / sqrt(C);  probs = softmax over the visible keys;  context = probs · v",
+            f"{_scores(config)};  probs = softmax over the visible keys;  context = probs · v",
             here("attention.q_rotated", "attention.k_rotated", "attention.v"),
             here("attention.scores", "attention.probs", "attention.context"),
         ),
@@ -115,15 +134,18 @@ def _block(config: ModelConfig, i: int, stream: str, first: bool) -> list[Step]:
             "attention.out", "linear", "out = context · woᵀ", here("attention.context"), here("attention.out"),
             here("attention.wo"),
         ),
+        *post_norm("attention_post_norm", "attention.out"),
         step(
-            "ffn_norm", "rmsnorm", "h = residual + attention.out;  y = h · ffn_norm / sqrt(mean(h²) + eps)",
-            (at + "attention.out", stream), here("attention_residual", "ffn_norm"), here("ffn_norm"),
+            "ffn_norm", "rmsnorm", f"h = residual + {attended};  y = h · ffn_norm / sqrt(mean(h²) + eps)",
+            (at + attended, stream), here("attention_residual", "ffn_norm"), here("ffn_norm"),
         ),
     ]  # fmt: skip
     if not config.dense:
         found.append(
             step(
-                "gating", "gating", "logits = y · gateᵀ;  ids = the top k;  weights = softmax(logits[ids])",
+                "gating", "gating",
+                "logits = y · gateᵀ;  ids = the top k;  weights = "
+                + ("softmax(logits[ids])" if config.renormalise else "softmax(logits)[ids]"),
                 here("ffn_norm"), here("gating.logits", "gating.ids", "gating.weights"), here("feed_forward.gate"),
             )
         )  # fmt: skip
@@ -132,11 +154,20 @@ def _block(config: ModelConfig, i: int, stream: str, first: bool) -> list[Step]:
         *found,
         step(
             "experts", "experts",
-            "hidden = silu(w1 · y) ⊙ (w3 · y);  slot = w2 · hidden;  out = Σ over slots of weight · slot",
+            f"hidden = {config.activation}(w1 · y) ⊙ (w3 · y);  slot = w2 · hidden;  "
+            "out = Σ over slots of weight · slot",
             (at + "ffn_norm", *routed), here("experts.hidden", "experts.slots", "experts.out"),
             (ffn + "w1", ffn + "w2", ffn + "w3"),
         ),
+        *post_norm("ffn_post_norm", "experts.out"),
     ]  # fmt: skip
+
+
+def _scores(config: ModelConfig) -> str:
+    scale = "/ sqrt(C)" if config.attention_scale is None else f"· {config.attention_scale:.5g}"
+    if config.attention_cap is None:
+        return f"scores = q · kᵀ {scale}"
+    return f"scores = {config.attention_cap:g} · tanh(q · kᵀ {scale} / {config.attention_cap:g})"
 
 
 def names(config: ModelConfig) -> list[str]:
@@ -198,8 +229,8 @@ def cost(
 ) -> Cost:
     """Count the work of one call.
 
-    A multiply-add is two operations; exp, division and square root are one each. Bytes count every intermediate that
-    the call needs or hands on, and every weight once: what a perfect cache would move.
+    A multiply-add is two operations; exp, tanh, division and square root are one each. Bytes count every intermediate
+    that the call needs or hands on, and every weight once: what a perfect cache would move.
 
     Parameters
     ----------
@@ -219,24 +250,29 @@ def cost(
     handed = [name for name in (*step.reads, *step.writes) if not name.endswith(tuple(inner))]
     moved = sum(8 * N if name == "tokens" else _bytes(config, name, B, T, computed) for name in handed)
     if step.room == "embedding":
-        return Cost(0, moved + N * D * stored)  # one row of the table per token
+        multiplied = N * D if config.embedding_multiplier != 1 else 0
+        return Cost(multiplied, moved + N * D * stored)  # one row of the table per token
     if step.room == "rmsnorm":
-        return Cost((4 if step.name == "layers.0.attention_norm" else 5) * N * D + 3 * N, moved + D * stored)
+        return Cost((3 + len(step.reads)) * N * D + 3 * N, moved + D * stored)
     if step.room == "linear":
         heads, keys = z["HC"], z["KC"]
         wide, tall = {"qkv": (D, heads + 2 * keys), "out": (heads, D), "logits": (D, z["V"])}[
             step.name.rpartition(".")[2]
         ]
         tied = step.name == "logits" and config.tie_embeddings
-        return Cost(2 * N * wide * tall, moved + (wide * tall * stored if tied else matrix(tall, wide)))
+        multiplied = N * tall if step.name == "logits" and config.output_multiplier != 1 else 0
+        return Cost(2 * N * wide * tall + multiplied, moved + (wide * tall * stored if tied else matrix(tall, wide)))
     if step.room == "rope":
         heads = z["HC"] if step.name.endswith("q_rotated") else z["KC"]
         return Cost(0, 0) if step.function == "table" else Cost(3 * N * heads, moved + N * C * computed)
     if step.room == "attention":
-        return Cost(visible * H * (4 * C + 4), moved)
+        capping = 0 if config.attention_cap is None else 3  # a division, tanh, a product
+        return Cost(visible * H * (4 * C + 4 + capping), moved)
     if step.room == "gating":
-        return Cost(N * (2 * D * z["E"] + 3 * k), moved + z["E"] * D * stored)
-    return Cost(N * k * (6 * D * F + 5 * F + 2 * D), moved + experts * (2 * matrix(F, D) + matrix(D, F)))
+        softmax = 3 * k if config.renormalise else 2 * z["E"] + k
+        return Cost(N * (2 * D * z["E"] + softmax), moved + z["E"] * D * stored)
+    act = 5 if config.activation == "silu" else 10  # its product with w3 · y included
+    return Cost(N * k * (6 * D * F + act * F + 2 * D), moved + experts * (2 * matrix(F, D) + matrix(D, F)))
 
 
 def _bytes(config: ModelConfig, name: str, B: int, T: int, computed: int) -> int:

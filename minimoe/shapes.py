@@ -52,7 +52,8 @@ class Routing:
     ids : (L, N, k) int
         Chosen experts, first choice in slot 0; -1 where the token was not routed (padding).
     weights : (L, N, k) float or None
-        Gate weights; a row sums to 1, and is 0 where ids are -1. None when only the choice is given (to force it).
+        Gate weights; a row sums to 1 (to less where the model does not renormalise them), and is 0 where ids are -1.
+        None when only the choice is given (to force it).
     logits : (L, N, E) float or None
         Router logits, in float32 or better.
     """

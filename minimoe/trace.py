@@ -228,7 +228,7 @@ def record(
         assert (call.room, call.function) == (step.room, step.function), "the schedule does not match the model"
         if not wanted.isdisjoint(step.writes):
             made = dict(zip(step.writes, _made(ops, call), strict=True))
-            arrays.update((name, x) for name, x in made.items() if name in wanted)
+            arrays.update((name, _multiplied(config, name, x)) for name, x in made.items() if name in wanted)
 
     with explained(ops):
         logits, routed = mixtral.forward(Recorder(params, take).wrap(ops), config, params, inputs, choose=choose)
@@ -247,14 +247,20 @@ def _made(ops: Backend, call: Call) -> Sequence[Array]:
     if call.room == "rmsnorm":
         return out[:1] if given["residual"] is None else (out[1], out[0])
     if call.room == "attention":
-        inner = ops.attention.explain(*(given[name] for name in ("q", "k", "q_pos", "k_pos", "window")))
+        inner = ops.attention.explain(*(given[name] for name in ("q", "k", "q_pos", "k_pos", "window", "scale", "cap")))
         B, T, H, C = out[0].shape
         return inner["scores"], inner["probs"], out[0].reshape(B * T, H * C)
     if call.room == "experts":
         w1, w2, w3 = (_on_host(given[name]) for name in ("w1", "w2", "w3"))
-        inner = ops.experts.explain(given["x"], w1, w2, w3, given["ids"], given["weights"])
+        inner = ops.experts.explain(given["x"], w1, w2, w3, given["ids"], given["weights"], given["activation"])
         return inner["hidden"], inner["slots"], out[0]
     return out if isinstance(out, tuple | list) else [out]
+
+
+def _multiplied(config: ModelConfig, name: str, x: Array) -> Array:
+    """What the decoder makes of an op's output: it multiplies embeddings and logits itself."""
+    factor = {"tok_embeddings": config.embedding_multiplier, "logits": config.output_multiplier}.get(name, 1)
+    return x if factor == 1 else x * factor
 
 
 def _wanted(config: ModelConfig, shape: tuple[int, int], only: str | Iterable[str], itemsize: int) -> set[str]:

@@ -42,6 +42,23 @@ def draw_dense_config(rng, **fixed):
     return draw_config(rng, num_experts=1, num_experts_per_token=1, dense=True, **fixed)
 
 
+def draw_any_config(rng, **fixed):
+    """`draw_config`, half the time with some of what Grok-1 has and Mixtral has not."""
+    config = draw_config(rng, **fixed)
+    if rng.random() < 0.5:
+        return config
+    drawn = {
+        "activation": "gelu_tanh",
+        "renormalise": False,
+        "attention_scale": float(rng.uniform(0.1, 1)),
+        "attention_cap": float(10 ** rng.uniform(-0.5, 1.5)),
+        "embedding_multiplier": float(rng.uniform(0.5, 8)),
+        "output_multiplier": float(rng.uniform(0.3, 2)),
+        "post_norms": True,
+    }
+    return config.replace(**{name: value for name, value in drawn.items() if rng.random() < 0.7})
+
+
 def draw_params(config, rng, dtype=np.float64, stacked=True):
     """Random weights with norms unlike one, and with digits that float32 cannot hold, so that a lost digit shows."""
 

@@ -19,6 +19,7 @@ SMALL = {
         ("mixtral-8x7b", 46_702_792_704, 12_879_925_248),
         ("mixtral-8x22b", 140_620_634_112, 39_152_031_744),
         ("llama-2-70b", 68_976_648_192, 68_976_648_192),
+        ("grok-1", 315_684_820_992, 83_756_587_008),
     ],
 )
 def test_the_presets_count_their_parameters_as_the_literature_does(name, total, active):
@@ -34,8 +35,9 @@ def test_the_count_is_the_sum_of_all_shapes(name):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
-def test_the_active_ones_are_those_of_k_experts_and_all_else(dense, tied):
-    config = ModelConfig(**SMALL | {"tie_embeddings": tied})
+@pytest.mark.parametrize("post_norms", [False, True])
+def test_the_active_ones_are_those_of_k_experts_and_all_else(dense, tied, post_norms):
+    config = ModelConfig(**SMALL | {"tie_embeddings": tied, "post_norms": post_norms})
     if dense:
         config = config.replace(dense=True, num_experts=1, num_experts_per_token=1)
     sizes = {name: math.prod(shape) for name, shape in shapes(config).items()}
@@ -52,6 +54,13 @@ def test_the_presets_have_the_sizes_of_the_papers():
     assert (mistral.rope_theta, mistral.sliding_window, mistral.dense) == (1e4, 4096, True)
     assert (mixtral.balance_coefficient, preset("mixtral-8x22b").balance_coefficient) == (0.02, 0.001)
     assert mixtral.norm_eps == 1e-5 and mixtral.balance_form == "concatenated"
+    llama, grok = preset("llama-2-70b"), preset("grok-1")
+    assert (llama.rope_theta, llama.sliding_window, llama.dense, llama.max_length) == (1e4, None, True, 4096)
+    assert (grok.rope_theta, grok.sliding_window, grok.tie_embeddings, grok.max_length) == (1e4, None, True, 8192)
+    assert grok.attention_scale == pytest.approx(128**-0.5, rel=1e-15) and grok.attention_cap == 30
+    assert grok.embedding_multiplier == pytest.approx(6144**0.5, rel=1e-15)
+    assert grok.output_multiplier == pytest.approx(3**-0.5, rel=1e-15)
+    assert (grok.activation, grok.renormalise, grok.post_norms) == ("gelu_tanh", False, True)
     tiny = preset("tiny")
     assert tiny.num_layers >= 6 and (tiny.num_experts, tiny.num_experts_per_token) == (8, 2)
     assert tiny.num_heads // tiny.num_kv_heads >= 2 and 2e6 < tiny.num_parameters() < 4e6
@@ -63,8 +72,9 @@ def test_the_cache_takes_two_vectors_per_layer_and_head():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_are_two_per_weight_and_key_that_take_part(tied):
-    config = ModelConfig(**SMALL | {"tie_embeddings": tied})
+@pytest.mark.parametrize("post_norms", [False, True])
+def test_flops_are_two_per_weight_and_key_that_take_part(tied, post_norms):
+    config = ModelConfig(**SMALL | {"tie_embeddings": tied, "post_norms": post_norms})
     D, F, V = 6, 5, 11
     layer = 4 * 2 * D + 2 * (2 * 2 * D) + D * 4 * 2 + 3 * D + 2 * 3 * D * F  # wq, wk and wv, wo, gate, two experts
     for context in (1, 100):
@@ -88,6 +98,20 @@ def test_a_config_cannot_be_changed_but_replaced():
         ({"head_dim": 3}, r"head_dim \(C = 3\) must be even"),
         ({"dense": True}, "a dense model needs num_experts = num_experts_per_token = 1, not 3 and"),
         ({"balance_form": "sum"}, "balance_form must be one of per_layer, concatenated, switch, not 'sum'"),
+        ({"activation": "gelu"}, "activation must be one of silu, gelu_tanh, not 'gelu'"),
+        (
+            {"dense": True, "num_experts": 1, "num_experts_per_token": 1, "renormalise": False},
+            "renormalise must be True",
+        ),
+        ({"renormalise": 1}, "renormalise must be True or False, not 1"),
+        ({"post_norms": "yes"}, "post_norms must be True or False, not 'yes'"),
+        ({"post_norms": True, "norm_eps": 0.0}, "post_norms need a positive norm_eps, not 0"),
+        ({"attention_cap": 0.0}, "attention_cap must be positive, not 0"),
+        ({"attention_cap": float("nan")}, "attention_cap must be a finite number of at least 0, not nan"),
+        ({"attention_scale": -0.1}, "attention_scale must be a finite number of at least 0, not -0.1"),
+        ({"embedding_multiplier": None}, "embedding_multiplier must be a finite number of at least 0, not None"),
+        ({"embedding_multiplier": 0}, "embedding_multiplier must be positive, not 0"),
+        ({"output_multiplier": float("inf")}, "output_multiplier must be a finite number of at least 0, not inf"),
         ({"dense": "no"}, "dense must be True or False, not 'no'"),
         ({"tie_embeddings": None}, "tie_embeddings must be True or False, not None"),
         ({"norm_eps": float("nan")}, "norm_eps must be a finite number of at least 0, not nan"),

@@ -17,7 +17,7 @@ from minimoe.arrays import BFLOAT16
 from minimoe.backends import make_backend
 from minimoe.params import FeedForwardParams, leaves, map_leaves
 from minimoe.shapes import Routing
-from tests.draws import SIDES, draw_config, draw_dense_config, draw_params, draw_tokens, forward, split
+from tests.draws import SIDES, draw_any_config, draw_dense_config, draw_params, draw_tokens, forward, split
 from tests.measure import assert_close, relative_error
 
 SEEDS = range(24)
@@ -38,7 +38,7 @@ class Case:
 
     def __init__(self, seed, dtype=np.float64):
         self.rng = rng = np.random.default_rng([6, seed])
-        draw = draw_dense_config if seed % 6 == 5 else draw_config
+        draw = draw_dense_config if seed % 6 == 5 else draw_any_config
         W = int(rng.integers(2, 8))
         self.config = draw(rng, sliding_window=W) if seed in WINDOWED else draw(rng)
         self.params = draw_params(self.config, rng, dtype, stacked=bool(seed % 2))
@@ -346,7 +346,7 @@ class TrainingCase(Case):
 
     def __init__(self, seed, dtype=np.float64):
         rng = np.random.default_rng([60, seed])
-        draw = draw_dense_config if seed % 6 == 5 else draw_config
+        draw = draw_dense_config if seed % 6 == 5 else draw_any_config
         form = ["concatenated", "per_layer", "switch"][seed % 3]
         self.config = draw(rng, sliding_window=[None, int(rng.integers(2, 8))][seed % 2], balance_form=form)
         self.params = draw_params(self.config, rng, dtype)

@@ -49,6 +49,13 @@ def ops(request):
         ({"num_heads": 2}, "none"),
         ({"num_kv_heads": 1}, "none"),
         ({"balance_coefficient": 0.0}, "none"),
+        ({"activation": "gelu_tanh"}, "none"),
+        ({"renormalise": False}, "left"),
+        ({"renormalise": False, "num_experts_per_token": 1}, "none"),
+        ({"attention_scale": 0.7, "attention_cap": 0.9}, "right"),
+        ({"embedding_multiplier": 3.0, "output_multiplier": 0.4, "tie_embeddings": True}, "none"),
+        ({"post_norms": True}, "both"),
+        (DENSE | {"post_norms": True, "activation": "gelu_tanh"}, "none"),
     ],
     ids=str,
 )

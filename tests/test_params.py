@@ -11,9 +11,10 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 DENSE = CONFIG.replace(dense=True, num_experts=1, num_experts_per_token=1)
 TIED = CONFIG.replace(tie_embeddings=True)
+POST_NORMS = CONFIG.replace(post_norms=True)
 
 
-@pytest.fixture(params=[CONFIG, DENSE, TIED], ids=["sparse", "dense", "tied"])
+@pytest.fixture(params=[CONFIG, DENSE, TIED, POST_NORMS], ids=["sparse", "dense", "tied", "post-norms"])
 def config(request):
     return request.param
 
@@ -37,6 +38,17 @@ def test_names_and_shapes_are_mistrals_in_the_order_of_the_forward():
         ("norm", (6,)),
         ("output", (11, 6)),
     ]
+
+
+def test_post_norms_stand_after_what_they_norm():
+    names = [name for name in shapes(POST_NORMS) if name.startswith("layers.0.")]
+    assert [name for name in names if "norm" in name] == [
+        f"layers.0.{name}" for name in ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm")
+    ]
+    assert names[4:7] == ["layers.0.attention.wo", "layers.0.attention_post_norm", "layers.0.ffn_norm"]
+    assert names[-2:] == ["layers.0.feed_forward.experts.2.w3", "layers.0.ffn_post_norm"]
+    found = [name for name, _ in leaves(random(POST_NORMS, 0)) if name.startswith("layers.0.")]
+    assert found[4:7] == names[4:7] and found[-2:] == ["layers.0.feed_forward.experts.w3", "layers.0.ffn_post_norm"]
 
 
 def test_a_dense_model_has_neither_gate_nor_experts():

@@ -3,14 +3,14 @@ import pytest
 
 from minimoe import mixtral, params, schedule, trace
 from minimoe.backends import make_backend
-from tests.draws import draw_config, draw_dense_config, draw_params, draw_tokens, forward
+from tests.draws import draw_any_config, draw_dense_config, draw_params, draw_tokens, forward
 
-SEEDS = range(8)
+SEEDS = range(12)
 
 
 def draw(seed):
     rng = np.random.default_rng([8, seed])
-    config = draw_dense_config(rng) if seed % 4 == 3 else draw_config(rng)
+    config = draw_dense_config(rng) if seed % 4 == 3 else draw_any_config(rng)
     return rng, config, draw_params(config, rng)
 
 
@@ -52,7 +52,7 @@ def test_shapes_are_those_of_a_trace(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_matrix_products_are_those_that_the_config_counts(seed):
-    """What is beyond them: norms, rotations, softmax, SwiGLU, combine; each counted below on its own."""
+    """What is beyond them: norms, rotations, softmax, activation, combine, multipliers; each counted below."""
     _, config, _ = draw(seed)
     c = config.replace(sliding_window=None)
     costs = {
@@ -60,9 +60,11 @@ def test_the_matrix_products_are_those_that_the_config_counts(seed):
         for step in schedule.schedule(c)
     }
     L, D, H, k, F = c.num_layers, c.hidden_size, c.num_heads, c.num_experts_per_token, c.intermediate_size
-    norms = (5 * (2 * L + 1) - 1) * D + 3 * (2 * L + 1)
-    gates = 0 if c.dense else L * 3 * k
-    beyond = norms + L * 3 * (H + c.num_kv_heads) * c.head_dim + L * 4 * H + gates + L * k * (5 * F + 2 * D)
+    norms = (5 * (2 * L + 1) - 1) * D + 3 * (2 * L + 1) + (2 * L * (4 * D + 3) if c.post_norms else 0)
+    gates = 0 if c.dense else L * (3 * k if c.renormalise else 2 * c.num_experts + k)
+    scores, act = (4 if c.attention_cap is None else 7) * H, 5 if c.activation == "silu" else 10
+    multiplied = D * (c.embedding_multiplier != 1) + c.vocab_size * (c.output_multiplier != 1)
+    beyond = norms + L * (3 * (H + c.num_kv_heads) * c.head_dim + scores + k * (act * F + 2 * D)) + gates + multiplied
     total = sum((cost.flops for cost in costs.values()), 0)
     assert total == c.flops_per_token(1) + beyond
 

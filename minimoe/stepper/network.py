@@ -5,12 +5,13 @@ from __future__ import annotations
 from html import escape
 
 from minimoe.config import ModelConfig
-from minimoe.schedule import Step
+from minimoe.schedule import Step, schedule
 
 _BLOCK = (
     ("attention_norm", "norm"), ("attention.qkv", "q k v"), ("attention.q_rotated", "rotate q"),
-    ("attention.k_rotated", "rotate k"), ("attention", "attend"), ("attention.out", "wo"), ("ffn_norm", "norm"),
-    ("gating", "gate"), ("experts", "experts"),
+    ("attention.k_rotated", "rotate k"), ("attention", "attend"), ("attention.out", "wo"),
+    ("attention_post_norm", "norm"), ("ffn_norm", "norm"), ("gating", "gate"), ("experts", "experts"),
+    ("ffn_post_norm", "norm"),
 )  # fmt: skip
 _HERE, _PLAIN, _TEXT = "#e69f00", "none", "currentColor"
 _SCALE = 1.2  # a unit of the drawing in pixels, where the page is wide enough
@@ -22,14 +23,14 @@ def network_svg(config: ModelConfig, step: Step) -> str:
     outer = [*ends[0], *((f"layers.{i}", f"layer {i}") for i in range(config.num_layers)), *ends[1]]
     shown = _around(outer, step)
     boxes = [_box(x, 4, name, label, _is_here(name, step)) for x, (name, label) in enumerate(shown)]
+    calls = {one.name for one in schedule(config)}
+    block = [(name, label) for name, label in _BLOCK if f"layers.0.{name}" in calls]
     rows = 1
     if step.layer is not None:
-        inner = [
-            (f"layers.{step.layer}.{name}", label) for name, label in _BLOCK if label != "gate" or not config.dense
-        ]
+        inner = [(f"layers.{step.layer}.{name}", label) for name, label in block]
         boxes += [_box(x, 36, name, label, name == step.name) for x, (name, label) in enumerate(inner)]
         rows = 2
-    width = 78 * max(len(shown), len(_BLOCK))
+    width = 78 * max(len(shown), len(block))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {rows * 32 + 4}" width="{_SCALE * width:.0f}" '
         f'style="display:block;max-width:100%" role="img" aria-label="step {escape(step.name)}">{"".join(boxes)}</svg>'

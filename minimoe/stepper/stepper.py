@@ -147,6 +147,7 @@ def _weight_letters(name: str) -> str:
     last = name.rpartition(".")[2]
     plain = {
         "tok_embeddings": "V D", "output": "V D", "norm": "D", "attention_norm": "D", "ffn_norm": "D", "gate": "E D",
+        "attention_post_norm": "D", "ffn_post_norm": "D",
         "wq": "HC D", "wk": "KC D", "wv": "KC D", "wo": "D HC", "w1": "F D", "w2": "D F", "w3": "F D",
     }[last]  # fmt: skip
     return f"E {plain}" if ".experts." in name else plain

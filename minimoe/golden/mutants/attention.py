@@ -191,7 +191,7 @@ CACHE = [
                 "    ops.kv_cache.forward(cache.k, cache.v, k, v, batch.q_pos)\n"
                 "    held = xp.full(cache.k.shape[:2], -1) if batch.cache_pos is None else batch.cache_pos.copy()\n"
                 "    ops.kv_cache.write_positions(held, batch.q_pos)\n"
-                "    return ops.attention.forward(q, cache.k, cache.v, batch.q_pos, held, W)\n",
+                "    return ops.attention.forward(q, cache.k, cache.v, batch.q_pos, held, W, scale, cap)\n",
             ),
         ),
         inference_only=True,
