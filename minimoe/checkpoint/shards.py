@@ -76,28 +76,29 @@ def open_shards(folder: Folder) -> Iterator[Shards]:
 
 
 def _stem(folder: Folder, names: list[str]) -> str:
-    """How the names of the weight files begin."""
-    found = {stem: [n for n in (SINGLE.format(stem), INDEX.format(stem)) if n in names] for stem in STEMS}
-    found["consolidated"] = found["consolidated"] or [name for name in names if _is_numbered(name)]
-    there = [stem for stem in STEMS if found[stem]]
+    """How the names of the weight files begin; an index counts only where no layout has any of its files."""
+    files = {stem: [name for name in names if _is_of(stem, name)] for stem in STEMS}
+    there = [stem for stem in STEMS if files[stem]] or [stem for stem in STEMS if INDEX.format(stem) in names]
     if not there:
         _refuse(folder, names)
     if len(there) > 1:
+        found = [(files[stem] or [INDEX.format(stem)])[0] for stem in there]
         raise LayoutError(
-            f"{folder.path}: holds weights in two layouts, {found[there[0]][0]} and {found[there[1]][0]}: "
-            "keep one of them in this folder"
+            f"{folder.path}: holds weights in two layouts, {' and '.join(found)}: keep one of them in this folder"
         )
     return there[0]
 
 
-def _is_numbered(name: str) -> bool:
-    return NUMBERED.fullmatch(name) is not None or (SHARD.fullmatch(name) is not None and name.startswith("cons"))
+def _is_of(stem: str, name: str) -> bool:
+    """Whether a file of this name holds weights of the layouts whose files begin so."""
+    numbered = SHARD.fullmatch(name) or NUMBERED.fullmatch(name)
+    return name == SINGLE.format(stem) or (numbered is not None and name.startswith(stem))
 
 
 def _numbered(names: list[str]) -> list[str]:
     """Mistral's shards without an index, those too that their numbers say should be there."""
     given = [match for name in names if (match := NUMBERED.fullmatch(name))]
-    counted = [match for name in names if _is_numbered(name) and (match := SHARD.fullmatch(name))]
+    counted = [match for name in names if _is_of("consolidated", name) and (match := SHARD.fullmatch(name))]
     wanted = {f"consolidated.{i:02d}.safetensors" for i in range(1 + max((int(m[1]) for m in given), default=-1))}
     for total in {int(match[2]) for match in counted}:
         wanted |= {f"consolidated-{i:05d}-of-{total:05d}.safetensors" for i in range(1, 1 + min(total, _MAX_SHARDS))}

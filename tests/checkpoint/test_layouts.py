@@ -264,6 +264,18 @@ def test_weight_files_of_two_layouts_in_one_folder(tmp_path: Path) -> None:
     refused(folder, checkpoint.LayoutError, "model.safetensors and consolidated.safetensors", "keep one")
 
 
+def test_an_index_without_any_of_its_files_is_no_second_layout(tmp_path: Path) -> None:
+    """As a download of a repository that has both leaves it."""
+    checkpoint.save(tmp_path / "m", PLAIN, model(PLAIN), max_shard_bytes=4000)
+    checkpoint.save(tmp_path / "other", PLAIN, model(PLAIN), layout="mistral", max_shard_bytes=4000)
+    for name in ("consolidated.safetensors.index.json", "params.json"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / "m")
+    assert same_bits(checkpoint.load_params(tmp_path / "m")[1], model(PLAIN))
+    for file in (tmp_path / "other").glob("*.safetensors"):
+        file.unlink()
+    refused(tmp_path / "other", checkpoint.MissingFileError, "shards are missing: consolidated-")
+
+
 def test_missing_and_stale_files_of_mistral(tmp_path: Path) -> None:
     for shards in ("numbered", "counted"):
         folder = made(tmp_path / shards, "mistral", files=SHARDS[shards])
