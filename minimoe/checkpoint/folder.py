@@ -27,12 +27,13 @@ from minimoe.checkpoint.errors import (
 )
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+GGUF_SUFFIX = ".gguf"
 _RETRIES = 100
 _T = TypeVar("_T")
 
 
 class Folder:
-    """An open folder: `with Folder(path) as folder: ...`.
+    """An open folder: `with Folder(path) as folder: ...`. The path of a GGUF file is a folder that holds it alone.
 
     Raises
     ------
@@ -42,6 +43,9 @@ class Folder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._only: str | None = None
+        if self.path.suffix == GGUF_SUFFIX and os.path.isfile(self.path):
+            self.path, self._only = self.path.parent, self.path.name
         self._fd = self._open()
 
     def _open(self) -> int:
@@ -76,7 +80,7 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names of everything in the folder, sorted."""
-        return sorted(os.listdir(self._fd))
+        return sorted(os.listdir(self._fd)) if self._only is None else [self._only]
 
     def replaced(self) -> bool:
         """Whether the path leads to another folder by now, or to none."""

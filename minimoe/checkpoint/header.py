@@ -75,9 +75,14 @@ class TensorInfo:
         """Return the array that its bytes in the file stand for."""
         return raw.view(self.dtype).reshape(self.shape)
 
+    def span(self, start: int, count: int) -> Self:
+        """Return `count` of its flattened elements, from the one numbered `start`, as a tensor of their own."""
+        return dataclasses.replace(self, shape=(count,), offset=self.offset + start * self.dtype.itemsize)
+
     def piece(self, i: int, count: int, shape: tuple[int, ...]) -> Self:
         """Return part number `i` of `count`, all of one size, as a tensor of its own."""
-        return dataclasses.replace(self, shape=shape, offset=self.offset + i * (self.nbytes // count))
+        size = self.size // count
+        return dataclasses.replace(self.span(i * size, size), shape=shape)
 
 
 def read_header(

@@ -102,7 +102,7 @@ class Layout:
     ----------
     name, title : for the command line, and for people
     names : what is called otherwise than by `base`
-    base : {"hf", "mistral"}: how everything else is called
+    base : {"hf", "mistral", ""}: how everything else is called
     by_expert : whether a tensor of all experts has an axis of experts in front
     transposed : pattern of our names that are transposed
     interleaved : whether RoPE pairs neighbouring rows of wq and wk
@@ -113,8 +113,8 @@ class Layout:
     name: str
     title: str
     names: Names
-    base: str
-    marks: str
+    base: str = ""
+    marks: str = r"(?!)"
     by_expert: bool = False
     transposed: str = r"(?!)"
     interleaved: bool = False
@@ -211,13 +211,18 @@ LAYOUTS = {
     )
 }  # fmt: skip
 GGUF = Layout(
-    "gguf", "GGUF", (*_gguf_experts(r"blk.\1.ffn_{}_exps.weight"), *_GGUF_NAMES), "", r"^blk\.\d+\.ffn_\w+_exps\.",
-    by_expert=True, interleaved=True,
-)  # fmt: skip
+    "gguf",
+    "GGUF (for files that you trust)",
+    (*_gguf_experts(r"blk.\1.ffn_{}_exps.weight"), *_GGUF_NAMES),
+    by_expert=True,
+    interleaved=True,
+)
 GGUF_OLD = Layout(
-    "gguf", "GGUF, experts one by one", (*_gguf_experts(r"blk.\1.ffn_{}.\2.weight"), *_GGUF_NAMES), "",
-    r"^blk\.\d+\.ffn_(gate|up|down)\.\d+\.", interleaved=True,
-)  # fmt: skip
+    "gguf",
+    "GGUF, experts one by one (for files that you trust)",
+    (*_gguf_experts(r"blk.\1.ffn_{}.\2.weight"), *_GGUF_NAMES),
+    interleaved=True,
+)
 # Names that say whose they are where no expert does.
 _BASES = {
     "hf": re.compile(r"(model|lm_head)\..*"),

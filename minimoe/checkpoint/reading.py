@@ -17,6 +17,7 @@ import numpy as np
 from minimoe.arrays import BFLOAT16
 from minimoe.checkpoint.folder import Folder, read_whole
 from minimoe.checkpoint.formats import CONFIG, config_from_hf
+from minimoe.checkpoint.gguf_file import gguf_of, open_gguf
 from minimoe.checkpoint.header import TensorInfo
 from minimoe.checkpoint.layouts import PARAMS, Layout
 from minimoe.checkpoint.matching import Placed, check_tied_head, match
@@ -69,7 +70,7 @@ def headers(folder: str | Path) -> Headers:
     """
 
     def read(opened: Folder) -> Headers:
-        with open_shards(opened) as shards:
+        with _open_shards(opened) as shards:
             return Headers(tuple(shards.tensors.values()), shards.nbytes, shards.layout)
 
     return read_whole(folder, read)
@@ -81,6 +82,7 @@ def load_params(folder: str | Path, dtype: Any = None, *, mapped: bool = True) -
     Parameters
     ----------
     folder : path
+        Of a folder, or of a GGUF file that one trusts.
     dtype : {None, float32, float64, bfloat16}
         None keeps every tensor as it is stored (float16 is widened to float32).
     mapped : bool
@@ -92,7 +94,8 @@ def load_params(folder: str | Path, dtype: Any = None, *, mapped: bool = True) -
     params : Params
         Read-only views of the files where type and order of the values are kept: nothing is read before it is used.
         Copied in any case are wq and wk of layouts with interleaved RoPE (1.3 GB of Mixtral-8x7B's 93 GB in bfloat16),
-        and w2 of the stacked layout (30 GB of them), which the loops need by rows: `convert` such a checkpoint once.
+        w2 of the stacked layout (30 GB of them), which the loops need by rows, and what GGUF packs: `convert` such a
+        checkpoint once.
 
     Raises
     ------
@@ -119,14 +122,28 @@ def load_params(folder: str | Path, dtype: Any = None, *, mapped: bool = True) -
 def open_checkpoint(opened: Folder) -> Iterator[tuple[ModelConfig, Shards, dict[str, Placed]]]:
     """Read config and headers of an open folder, and find every parameter; all of it is checked, nothing is mapped."""
     config, where = config_of(opened), str(opened.path)
-    with open_shards(opened) as shards:
+    with _open_shards(opened) as shards:
         placed = match(config, shards, where)
         check_tied_head(config, shards, placed, where)
         yield config, shards, placed
 
 
+@contextlib.contextmanager
+def _open_shards(opened: Folder) -> Iterator[Shards]:
+    """Open the weight files of a folder, of whatever format."""
+    if (gguf := gguf_of(opened)) is None:
+        with open_shards(opened) as shards:
+            yield shards
+    else:
+        with open_gguf(opened, gguf) as file:
+            yield file.shards
+
+
 def config_of(opened: Folder) -> ModelConfig:
-    """Read the config of an open folder: config.json, params.json, or both if they agree."""
+    """Read the config of an open folder: config.json, params.json, both if they agree, or a GGUF file's metadata."""
+    if (gguf := gguf_of(opened)) is not None:
+        with open_gguf(opened, gguf) as file:
+            return file.config
     names = opened.names()
     raw, where = {}, f"{opened.path}/{PARAMS}"
     if PARAMS in names:
@@ -160,7 +177,7 @@ def _copied(placed: Iterable[Placed], kind: np.dtype[Any] | None, mapped: bool) 
 
 def _check_memory(placed: Collection[Placed], kind: np.dtype[Any] | None, mapped: bool, where: str) -> None:
     """Refuse what does not fit, and say what would, where it is the order of the values that asks for memory."""
-    remedy = "" if all(place.form.plain for place in placed) else " (minimoe convert writes them as they are used)"
+    remedy = "" if all(place.in_place for place in placed) else " (minimoe convert writes them as they are used)"
     require_memory(_copied(placed, kind, mapped), f"{where}: the weights that are converted or copied{remedy}")
 
 

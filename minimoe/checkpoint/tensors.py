@@ -50,7 +50,7 @@ class MappedTensors:
 
     def __getitem__(self, info: TensorInfo) -> Array:
         if not self._mapped:
-            return info.values(_read(self._files[info.file], info, 0, info.nbytes))
+            return info.values(_read(self._files[info.file], info))
         if info.file not in self._data:
             mapping = map_file(self._files[info.file], f"{self._where}/{info.file}")
             self._data[info.file] = np.frombuffer(mapping, np.uint8)
@@ -89,14 +89,15 @@ def load_tensors(path: str | Path) -> dict[str, Array]:
 
 def read_elements(file: BinaryIO, info: TensorInfo, start: int, count: int) -> Array:
     """Read `count` elements of a tensor's flattened values, from the one numbered `start`."""
-    return _read(file, info, start * info.dtype.itemsize, count * info.dtype.itemsize).view(info.dtype)
+    wanted = info.span(start, count)
+    return wanted.values(_read(file, wanted))
 
 
-def _read(file: BinaryIO, info: TensorInfo, start: int, count: int) -> Array:
-    """Read `count` of a tensor's bytes."""
-    file.seek(info.offset + start)
-    data = np.empty(count, np.uint8)
-    if file.readinto(data.data) < count:  # type: ignore[attr-defined]
+def _read(file: BinaryIO, info: TensorInfo) -> Array:
+    """Read a tensor's bytes."""
+    file.seek(info.offset)
+    data = np.empty(info.nbytes, np.uint8)
+    if file.readinto(data.data) < info.nbytes:  # type: ignore[attr-defined]
         raise DamagedFileError(f"{info.file}: became shorter while it was read, in tensor {shown(info.name)}")
     return data
 

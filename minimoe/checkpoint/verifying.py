@@ -70,7 +70,7 @@ def verify(folder: str | Path, progress: Callable[[int, int], None] = lambda don
                 for start in range(0, info.size, _CHUNK):
                     chunk = read_elements(shards.files[info.file], info, start, min(_CHUNK, info.size - start))
                     found.append(_not_finite(chunk, start))
-                    done += chunk.nbytes
+                    done += chunk.size * info.nbytes // info.size
                     progress(done, shards.nbytes)
                 problems += _problem(info, found)
             return problems

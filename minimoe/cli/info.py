@@ -13,7 +13,6 @@ from typing import Any
 
 from minimoe import checkpoint
 from minimoe.backends import DIALECT_FILES, BackendError, make_backend
-from minimoe.checkpoint.layouts import LAYOUTS
 from minimoe.cli.common import add_json, print_json, table
 from minimoe.config import ModelConfig, preset
 from minimoe.model import BUNDLED
@@ -68,15 +67,18 @@ def _folder(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     types = Counter(info.kind for info in headers.tensors)
     name = headers.layout.name_of("layers.0.attention.wk")
     keys = next((info.dtype for info in headers.tensors if info.name == name), None)
-    kv_itemsize = 2 if str(keys) == "bfloat16" else 8 if str(keys) == "float64" else 4  # float16 is widened
+    # float16 is widened, and what is packed becomes float32
+    kv_itemsize = 2 if str(keys) == "bfloat16" else 8 if str(keys) == "float64" else 4
+    base = folder if folder.is_dir() else folder.parent  # of a GGUF file
     facts: dict[str, Any] = {
         "folder": str(folder),
         "layout": headers.layout.name,
+        "layout_title": headers.layout.title,
         "files": files,
-        "bytes_on_disk": sum((folder / file).stat().st_size for file in files),
+        "bytes_on_disk": sum((base / file).stat().st_size for file in files),
         "tensors": len(headers.tensors),
         "dtypes": dict(types),
-        "tokenizer": (folder / checkpoint.TOKENIZER).exists(),
+        "tokenizer": (base / checkpoint.TOKENIZER).exists(),
         "stored_parameters": sum(info.size for info in headers.tensors),
     }
     with contextlib.suppress(checkpoint.TensorMismatchError):  # which --verify reports
@@ -126,11 +128,13 @@ def _model_lines(facts: dict[str, Any]) -> str:
     rows = []
     if "folder" in facts:
         kind = "dense (Mistral or Llama)" if config.dense else "Mixtral"
-        title = LAYOUTS[facts["layout"]].title
         stored = ", ".join(f"{dtype} ({count} tensors)" for dtype, count in facts["dtypes"].items())
         rows += [
             ("folder", facts["folder"]),
-            ("layout", f"{title}, {kind}, {len(facts['files'])} weight file" + "s" * (len(facts["files"]) > 1)),
+            (
+                "layout",
+                f"{facts['layout_title']}, {kind}, {len(facts['files'])} weight file" + "s" * (len(facts["files"]) > 1),
+            ),
             ("stored as", stored),
             ("on disk", f"{show(facts['bytes_on_disk'])} bytes"),
             ("tokenizer", "tokenizer.model" if facts["tokenizer"] else "none"),
