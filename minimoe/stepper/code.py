@@ -12,6 +12,7 @@ from typing import Any
 
 from minimoe.backends import DIALECT_FILES
 
+_BOUNDS = re.compile(r"__launch_bounds__\([^)]*\)")
 DIALECTS = {"numpy": "array code", "numba": "Numba loops", "cuda": "CUDA"}
 
 
@@ -34,16 +35,27 @@ def _dialect(room: str, function: str, file: str) -> str:
     _collect(module, function, found)
     order = sorted(found, key=lambda name: inspect.getsourcelines(_plain(getattr(module, name)))[1])
     code = "\n\n".join(found[name] for name in order)
-    return "\n\n".join([code, *_kernels(module, code)])
+    return "\n\n".join([code, *(_launched(room, code) if file == DIALECT_FILES["cuda"] else ())])
 
 
-def _kernels(module: ModuleType, code: str) -> list[str]:
-    """The CUDA kernels of the room that `code` launches by name, each with the comment above it."""
+def kernels(room: str) -> dict[str, str]:
+    """Return the CUDA kernels of a room by name, each with the comment above it, which says what a thread computes."""
+    module = importlib.import_module(f"minimoe.ops.{room}.{DIALECT_FILES['cuda']}")
     if not hasattr(module, "KERNELS"):
-        return []
-    text = module.KERNELS.read_text(encoding="utf-8")
-    found = re.finditer(r"(?:^//[^\n]*\n)*^template[^{;]*?__global__[^{;]*?\b(\w+)\([^{;]*\{.*?^\}$", text, re.M | re.S)
-    return [match[0] for match in found if re.search(rf"\b{match[1]}<", code)]
+        return {}
+    lines, found = module.KERNELS.read_text(encoding="utf-8").splitlines(), {}
+    for i, line in enumerate(lines):
+        if "__global__" in line:
+            first = next((j + 1 for j in reversed(range(i)) if not lines[j]), 0)  # a blank line parts definitions
+            text = "\n".join(lines[first : lines.index("}", i) + 1])
+            declared = _BOUNDS.sub("", text[text.index("__global__") :])
+            found[declared[: declared.index("(")].split()[-1]] = text
+    return found
+
+
+def _launched(room: str, code: str) -> list[str]:
+    """The kernels that `code` launches by name."""
+    return [text for name, text in kernels(room).items() if re.search(rf"\"{name}[<{{\"]", code)]
 
 
 def _collect(module: ModuleType, name: str, found: dict[str, str]) -> None:

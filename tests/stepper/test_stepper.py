@@ -13,9 +13,10 @@ from minimoe.ops.rmsnorm import cupy_gpu
 from minimoe.plots.thumbnail import thumbnail
 from minimoe.stepper import Stepper
 from minimoe.stepper.arrays import array_html, numbers
-from minimoe.stepper.code import sources
+from minimoe.stepper.code import kernels, sources
 from minimoe.stepper.network import network_svg
 from minimoe.stepper.page import tokens
+from tests.conftest import ROOMS, launchers, module_of
 
 TEXT = "def f(x):\n    return <x>"
 SHOWN = ["<s>", "def", "f"]  # its first tokens
@@ -108,9 +109,23 @@ def test_the_code_is_that_of_the_op_with_what_it_calls():
 
 def test_the_cuda_code_is_the_launcher_and_the_kernels_it_names():
     found = sources("rmsnorm", "forward")["cuda"]
-    assert inspect.getsource(cupy_gpu.forward).rstrip() in found and "def threads(" in found
+    assert inspect.getsource(cupy_gpu.forward).rstrip() in found
     assert "// Block n -> row n; its threads" in found and "__global__ void rmsnorm_forward(" in found
     assert found.rstrip().endswith("}") and "rmsnorm_backward" not in found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_kernel_of_a_room_is_found_and_says_what_a_thread_computes(room):
+    module = module_of(room, "cupy_gpu")
+    if module is None or not hasattr(module, "KERNELS"):
+        pytest.skip("this room has no kernels")
+    found = kernels(room)
+    assert len(found) == module.KERNELS.read_text().count("__global__")
+    assert {name.partition("<")[0] for name in module.INSTANCES} == set(found)
+    shown = "".join(sources(room, function)["cuda"] for function in launchers(room))
+    for name, text in found.items():
+        assert text.startswith("// ") and text.endswith("\n}") and re.search(rf"\b{name}\(", text), name
+        assert text in shown, name
 
 
 def test_a_dialect_that_is_not_written_says_what_runs_instead(monkeypatch):

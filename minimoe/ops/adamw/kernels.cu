@@ -25,6 +25,7 @@ template <class Real> __global__ void adamw_squares(const Real* g, double* parti
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
+// One block -> the sum of the partial sums.
 __global__ void adamw_sum(const double* partial, double* total, Index count) {
     double sum = 0;
     for (Index i = threadIdx.x; i < count; i += blockDim.x) sum += partial[i];

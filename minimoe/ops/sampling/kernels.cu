@@ -21,6 +21,7 @@ template <class Real> __device__ inline void best_of_warp(Real& best, Index& id)
     }
 }
 
+// Block b -> the id of row b's largest logit, of equals the lowest; its threads take the V logits in turn.
 template <class Real> __global__ void sampling_greedy(const Real* logits, Index* ids, Index V) {
     __shared__ Real values[32];
     __shared__ Index places[32];
