@@ -234,7 +234,7 @@ class Model:
     def save(self, folder: str | Path, *, layout: str = "hf") -> None:
         """Write a checkpoint folder, atomically: what was there before stays whole until the new one is.
 
-        `layout` is "hf", which transformers reads, or "fused", "mistral" or "stacked".
+        `layout` is "hf", which transformers reads (Grok-1 in its port's), or "fused", "mistral" or "stacked".
         """
         self._refuse_int8("saved")
         self._files.check()

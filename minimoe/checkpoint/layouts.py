@@ -9,6 +9,9 @@
 | stacked | `block_sparse_moe.{w1,w2,w3}` (E·F, D), w2 transposed     | Mistral's      | interleaved | params.json |
 | gguf    | `ffn_{gate,down,up}_exps`, (E, F, D) and (E, D, F)        | llama.cpp's    | interleaved | in the file |
 
+Grok-1's hf is another, called grok, with the names of its port: `moe_block.experts.M.{linear,linear_v,linear_1}` are
+w1, w3 and w2, and norms are called `.scale`.
+
 hf is what transformers saves, and v4 loads; fused what transformers v5 holds in memory; mistral the consolidated files;
 stacked the first release of Mixtral-8x7B; gguf, with `ffn_{gate,down,up}.M` one by one in old files, is only read. A
 dense model has no experts to join: hf = fused, mistral = stacked.
@@ -210,6 +213,22 @@ LAYOUTS = {
         ),
     )
 }  # fmt: skip
+GROK = Layout(
+    "grok",
+    "Grok-1, ported to Hugging Face",
+    (
+        (r"norm", "model.norm.scale"),
+        *((rf"layers\.(\d+)\.{ours}", rf"model.layers.\1.{theirs}_norm.scale") for ours, theirs in (
+            ("attention_norm", "pre_attn"), ("attention_post_norm", "post_attn"), ("ffn_norm", "pre_moe"),
+            ("ffn_post_norm", "post_moe"))),
+        (r"layers\.(\d+)\.attention\.w([qkvo])", r"model.layers.\1.attn.\2_proj.weight"),
+        (_GATE, r"model.layers.\1.moe_block.gate.weight"),
+        *((rf"{_EXPERT}{ours}", rf"model.layers.\1.moe_block.experts.\2.{theirs}.weight") for ours, theirs in (
+            ("w1", "linear"), ("w2", "linear_1"), ("w3", "linear_v"))),
+    ),
+    "hf",
+    r"^model\.layers\.\d+\.moe_block\.",
+)  # fmt: skip
 GGUF = Layout(
     "gguf",
     "GGUF (for files that you trust)",
@@ -241,14 +260,15 @@ def recognise(names: Iterable[str], where: str) -> Layout:
         If some are of one layout and some of another.
     """
     names = list(names)
-    marked = {key: [name for name in names if re.search(layout.marks, name)] for key, layout in LAYOUTS.items()}
+    layouts = LAYOUTS | {GROK.name: GROK}
+    marked = {key: [name for name in names if re.search(layout.marks, name)] for key, layout in layouts.items()}
     marked = {key: found for key, found in marked.items() if found}
     for base, pattern in _BASES.items():
         if (found := [name for name in names if pattern.fullmatch(name)]) and not any(
-            LAYOUTS[key].base == base for key in marked
+            layouts[key].base == base for key in marked
         ):
             marked[base] = found
     if len(marked) > 1:
         mixed = "; ".join(f"{key} ({len(found)}): {listed(found, 3)}" for key, found in marked.items())
         raise LayoutError(f"{where}: holds tensors of several layouts: {mixed}")
-    return LAYOUTS[next(iter(marked), "hf")]
+    return layouts[next(iter(marked), "hf")]

@@ -73,7 +73,7 @@ def _transposed(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 
 
 def _refuse_absurd(config: ModelConfig, shards: Shards, where: str) -> None:
-    count = config.num_layers * (7 + 3 * config.num_experts)
+    count = config.num_layers * (9 + 3 * config.num_experts)
     stored = sum(info.size for info in shards.tensors.values())
     if count > MAX_TENSORS or config.num_parameters() > 1000 * (stored + 1_000_000):
         raise ConfigFileError(

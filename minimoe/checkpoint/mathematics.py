@@ -37,13 +37,29 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
         (
             "partial_rotary_factor", "logit_scale", "logits_scaling", "embedding_multiplier", "residual_multiplier",
             "routed_scaling_factor", "decoder_sparse_step", "moe_layer_freq", "n_group", "topk_group",
+            "embedding_multiplier_scale", "output_multiplier_scale",
         ),
         (None, 1),
     ),
+    **dict.fromkeys(("attn_output_multiplier", "max_attn_value"), (None,)),
 }  # fmt: skip
+# Grok-1 is all of these.
+_GROK_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu_pytorch_tanh",),
+    "norm_topk_prob": (None, False),
+    "auto_map": (
+        None,
+        {
+            "AutoConfig": "configuration_grok1.Grok1Config",
+            "AutoModel": "modeling_grok1.Grok1Model",
+            "AutoModelForCausalLM": "modeling_grok1.Grok1ModelForCausalLM",
+        },
+    ),
+}
+_GROK_OWN = ("attn_output_multiplier", "max_attn_value", "embedding_multiplier_scale", "output_multiplier_scale")
 
 
-def refuse_other_mathematics(raw: dict[str, Any], window: Any, where: str) -> None:
+def refuse_other_mathematics(raw: dict[str, Any], window: Any, where: str, family: str = "mixtral") -> None:
     """Raise ConfigFileError if a key asks for what the model does not compute.
 
     Parameters
@@ -51,8 +67,12 @@ def refuse_other_mathematics(raw: dict[str, Any], window: Any, where: str) -> No
     raw : contents of config.json
     window : its sliding window, None where there is none
     where : its path
+    family : its model_type
     """
-    wrong = [key for key, neutral in NEUTRAL.items() if key in raw and not any(raw[key] == value for value in neutral)]
+    neutral = NEUTRAL
+    if family == "grok-1":
+        neutral = {key: values for key, values in (NEUTRAL | _GROK_NEUTRAL).items() if key not in _GROK_OWN}
+    wrong = [key for key, values in neutral.items() if key in raw and not any(raw[key] == value for value in values)]
     kind = "full_attention" if window is None else "sliding_attention"
     if any(layer != kind for layer in _items(raw.get("layer_types"))):
         wrong.append("layer_types")

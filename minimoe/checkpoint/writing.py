@@ -14,9 +14,9 @@ import numpy as np
 
 from minimoe.checkpoint.atomic import write_folder_atomically
 from minimoe.checkpoint.errors import Differences, LayoutError, SaveError, TensorMismatchError, gigabytes, shown
-from minimoe.checkpoint.formats import CONFIG, config_to_hf
+from minimoe.checkpoint.formats import CONFIG, config_to_hf, family_of
 from minimoe.checkpoint.header import WEIGHT_TYPES
-from minimoe.checkpoint.layouts import LAYOUTS, PARAMS, Layout, Stored
+from minimoe.checkpoint.layouts import GROK, LAYOUTS, PARAMS, Layout, Stored
 from minimoe.checkpoint.params_json import config_to_params
 from minimoe.checkpoint.shards import INDEX, NUMBERED, SHARD, SINGLE, STEMS
 from minimoe.checkpoint.tensors import Outgoing, write_tensors
@@ -113,7 +113,7 @@ def write_checkpoint(
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Do what `save` does, with parameters whose values are asked for one after the other."""
-    chosen = layout_of(layout)
+    chosen = layout_of(layout, config)
     _check(config, parameters, str(folder))
     tensors = {stored.name: _outgoing(stored, parameters, str(folder)) for stored in chosen.tensors(config)}
     total = sum(tensor.nbytes for tensor in tensors.values())
@@ -135,17 +135,24 @@ def write_checkpoint(
     write_folder_atomically(folder, write, keep=lambda name: _OURS.fullmatch(name) is None)
 
 
-def layout_of(name: str) -> Layout:
-    """Return the layout called so.
+def layout_of(name: str, config: ModelConfig) -> Layout:
+    """Return the layout called so; Hugging Face's is another one for Grok-1.
 
     Raises
     ------
     LayoutError
-        If there is none that can be written.
+        If there is none that can be written, or it cannot hold such a model.
+    SaveError
+        If no config.json can describe it.
     """
     if name not in LAYOUTS:
         raise LayoutError(f"unknown layout {shown(name)}; those that are written are {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
+    layout = LAYOUTS[name]
+    if layout.config != CONFIG or family_of(config) != "grok-1":
+        return layout
+    if name != "hf":
+        raise LayoutError(f"layout {name} does not hold Grok-1: hf, mistral and stacked do")
+    return GROK
 
 
 def _check(config: ModelConfig, parameters: Mapping[str, Parameter], where: str) -> None:

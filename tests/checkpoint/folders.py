@@ -15,6 +15,10 @@ MOE = ModelConfig(
     num_experts=3, num_experts_per_token=2, max_length=64, balance_coefficient=0.01, balance_form="per_layer",
 )  # fmt: skip
 DENSE = MOE.replace(num_experts=1, num_experts_per_token=1, dense=True, sliding_window=7)
+GROK = MOE.replace(
+    tie_embeddings=True, activation="gelu_tanh", renormalise=False, attention_scale=0.3, attention_cap=30.0,
+    embedding_multiplier=2.5, output_multiplier=0.75, post_norms=True, rope_theta=1e4,
+)  # fmt: skip
 
 
 def model(config: ModelConfig = MOE, dtype: object = np.float32, seed: int = 0) -> Params:

@@ -18,12 +18,13 @@ from minimoe import checkpoint
 from minimoe.checkpoint.formats import config_from_hf, config_to_hf, hf_name
 from minimoe.config import BALANCE_FORMS, PRESETS, ModelConfig
 from minimoe.params import named, shapes, stack_experts
-from tests.checkpoint.folders import DENSE, MOE, edit_json, model, read_parts, same_bits, write_parts
+from tests.checkpoint.folders import DENSE, GROK, MOE, edit_json, model, read_parts, same_bits, write_parts
 
 CONFIGS = {
     "moe": MOE,
     "dense": DENSE,
     "tied": MOE.replace(tie_embeddings=True),
+    "grok": GROK,
     "one": MOE.replace(num_experts=1, num_experts_per_token=1, bos_id=None, sliding_window=5, router_jitter=0.25),
 }
 
