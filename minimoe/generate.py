@@ -95,11 +95,11 @@ def _generate(
         with explained(ops):
             if step == 0:
                 logits = mixtral.forward(ops, config, params, inputs, cache=cache, last_only=True)[0][:, 0]
+                uniform = ops.asarray(rng.random(B))
+                ids = np.asarray(to_host(ops.sampling.forward(logits, temperature, top_p, uniform)))
             else:
-                decoding = decoding or Decoding(ops, config, params, cache)
-                logits = decoding(ids)
-            uniform = ops.asarray(rng.random(B))
-            ids = np.asarray(to_host(ops.sampling.forward(logits, temperature, top_p, uniform)))
+                decoding = decoding or Decoding(ops, config, params, cache, temperature, top_p)
+                ids = decoding(ids, rng.random(B))
         if config.eos_id is not None:
             ids = np.where(ended, config.eos_id, ids)
             ended |= ids == config.eos_id
@@ -111,17 +111,34 @@ def _generate(
 class Decoding:
     """The steps after the prompt, on arrays that stay where they are, so that a device can replay them as a graph."""
 
-    def __init__(self, ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache) -> None:
+    def __init__(
+        self, ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache,
+        temperature: float = 0.0, top_p: float = 1.0,
+    ) -> None:  # fmt: skip
         self._positions = ops.asarray(cache.lengths[:, None].copy())
         self._cache, self._tokens = cache, ops.xp.zeros_like(self._positions)
+        self._greedy, self._uniform = temperature == 0, ops.xp.zeros(len(cache.lengths))
+        self._drawn: Array | None = None
+        self._known: Int[Array, " B"] | None = None  # what the last step drew, and left where the next reads it
         # No method of this object: a cycle of references would keep the cache until the garbage collector comes.
-        step = partial(_step, ops, config, params, cache, self._tokens, self._positions)
+        arrays = self._tokens, self._positions, self._uniform
+        step = partial(_step, ops, config, params, cache, *arrays, temperature, top_p)
         self._replay = ops.captured(step, tokens=len(cache.lengths))
 
-    def __call__(self, ids: Int[Array, " B"]) -> Float[Array, "B V"]:
-        """Return the logits that follow when each sequence goes on with `ids`."""
-        overwrite(self._tokens, ids[:, None])
-        logits = self._replay()
+    def __call__(self, ids: Int[Array, " B"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
+        """Return the tokens that `uniform` draws when each sequence goes on with `ids`."""
+        if not self._greedy:
+            overwrite(self._uniform, uniform)
+        self.logits(ids)
+        self._known = np.array(to_host(self._drawn))
+        return self._known
+
+    def logits(self, ids: Int[Array, " B"]) -> Float[Array, "B V"]:
+        """Return the logits that follow when each sequence goes on with `ids`; nothing is read back."""
+        if self._known is None or not np.array_equal(ids, self._known):
+            overwrite(self._tokens, ids[:, None])
+        self._known = None
+        logits, self._drawn = self._replay()
         self._cache.lengths += 1
         return logits
 
@@ -133,11 +150,15 @@ class Decoding:
 
 
 def _step(
-    ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache, tokens: Array, positions: Array
-) -> Float[Array, "B V"]:
+    ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache, tokens: Int[Array, "B 1"],
+    positions: Int[Array, "B 1"], uniform: Float[Array, " B"], temperature: float, top_p: float,
+) -> tuple[Float[Array, "B V"], Int[Array, " B"]]:  # fmt: skip
+    """Draw the next tokens, and leave them where the next step reads them: the host has a look, and no part in it."""
     logits = mixtral.decode(ops, config, params, tokens, positions, cache)
+    ids = ops.sampling.forward(logits, temperature, top_p, uniform)
+    tokens[...] = ids[:, None]
     positions += 1
-    return logits
+    return logits, ids
 
 
 def check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:

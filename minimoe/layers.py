@@ -131,8 +131,9 @@ def forward(
     q = ops.rope.forward(q.reshape(N, config.num_heads, C), batch.cos, batch.sin)
     k = ops.rope.forward(k.reshape(N, config.num_kv_heads, C), batch.cos, batch.sin)
     q = q.reshape(B, T, config.num_heads, C)
-    k = k.reshape(B, T, config.num_kv_heads, C).astype(kept_dtype(a.wk), copy=False)  # keys and values are stored
-    v = v.reshape(B, T, config.num_kv_heads, C).astype(kept_dtype(a.wv), copy=False)
+    k, v = k.reshape(B, T, config.num_kv_heads, C), v.reshape(B, T, config.num_kv_heads, C)
+    if not _written_first(batch, cache):  # attended to as they are stored; what is written first is read from the cache
+        k, v = k.astype(kept_dtype(a.wk), copy=False), v.astype(kept_dtype(a.wv), copy=False)
     context, lse = _attend(ops, config, q, k, v, batch, cache)
     attended = ops.linear.forward(context.reshape(N, -1), [a.wo])[0]  # (N, H C) -> (N, D)
     attended, before = _post_norm(ops, config, attended, layer.attention_post_norm)
@@ -170,15 +171,20 @@ def route(
     """Ask the gate; a dense model has none, and sends every token to expert 0 with weight 1."""
     xp, N = ops.xp, x.shape[0]
     if ffn.gate is None:
-        ids = xp.zeros((N, 1), xp.int64)
+        ids, weights = xp.zeros((N, 1), xp.int64), xp.ones((N, 1), x.dtype)
         if active is not None:
-            ids = xp.where(active[:, None], ids, -1)
-        return Routed(None, ids, (ids >= 0).astype(x.dtype))
+            ids, weights = xp.where(active[:, None], ids, -1), xp.where(active[:, None], weights, 0)
+        return Routed(None, ids, weights)
     k = config.num_experts_per_token
     logits, ids, weights = ops.gating.forward(x, ffn.gate, k, active, choice.allowed, choice.ids, config.renormalise)
     if choice.weights is not None:
         weights = xp.where(ids >= 0, choice.weights, 0).astype(weights.dtype)
     return Routed(logits, ids, weights)
+
+
+def _written_first(batch: Batch, cache: LayerCache | None) -> bool:
+    """Whether the new keys go to the cache before they are attended to: those of single tokens (see `_attend`)."""
+    return cache is not None and batch.cache_pos is not None and batch.q_pos.shape[1] == 1
 
 
 def _attend(
@@ -198,7 +204,7 @@ def _attend(
     xp, W, scale, cap = ops.xp, config.sliding_window, config.attention_scale, config.attention_cap
     if cache is None:
         return ops.attention.forward(q, k, v, batch.q_pos, batch.q_pos, W, scale, cap)
-    if q.shape[1] == 1 and batch.cache_pos is not None:
+    if batch.cache_pos is not None and _written_first(batch, cache):
         ops.kv_cache.forward(cache.k, cache.v, k, v, batch.q_pos)
         return ops.attention.forward(q, cache.k, cache.v, batch.q_pos, batch.cache_pos, W, scale, cap)
     keys, values, k_pos = k, v, batch.q_pos

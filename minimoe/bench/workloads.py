@@ -190,7 +190,7 @@ class Decode(Ours):
     def _follow(self, i: int) -> Array:
         """(B, V) logits of one step."""
         if self.ops.xp is not np and self.ops.graphs:
-            return self._decoding(self.task.following[:, i])
+            return self._decoding.logits(self.task.following[:, i])
         return self._step(i)[0][:, 0]
 
     def run(self) -> float:

@@ -65,6 +65,12 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(cupy, top_p, expected):
     assert nucleus(cupy, np.array([0, -np.inf, 1e-15, 0, -np.inf, 0]), top_p) == expected
 
 
+def test_the_nucleus_takes_the_lower_of_equals_and_its_mass_is_all(cupy):
+    uniform = (np.arange(20) + 0.5) / 20
+    found = OnDevice(cupy, cupy_gpu).forward(np.zeros((20, 4)), 1.0, 0.5, uniform)  # two of four reach a half exactly
+    assert found.tolist() == [0] * 10 + [1] * 10
+
+
 def test_a_chunk_without_any_chance_does_no_harm(cupy, monkeypatch):
     monkeypatch.setattr(cupy_gpu, "LARGEST", 64)
     logits = np.full(150, -np.inf, np.float32)

@@ -42,10 +42,9 @@ __device__ void add_products(const Real* x, const Stored* row, Index D, Index fr
 // those that come after the last one chosen. The numbers of one token need 8 k + 4 or 8 (E · parts + E) bytes of shared
 // memory.
 template <class Real, class Stored, int tokens>
-__global__ void __launch_bounds__(512)
-    gating_forward(const Real* x, const Stored* gate, const bool* active, const bool* allowed, const Index* forced,
-                   Real* logits, Index* ids, Real* weights, Index N, Index D, Index E, Index k, Index parts,
-                   Index columns, Index renormalise) {
+__global__ void gating_forward(const Real* x, const Stored* gate, const bool* active, const bool* allowed,
+                               const Index* forced, Real* logits, Index* ids, Real* weights, Index N, Index D, Index E,
+                               Index k, Index parts, Index columns, Index renormalise) {
     DYNAMIC_SHARED(Index, chosen);
     Real* partial = reinterpret_cast<Real*>(chosen + tokens * k);
     Real* scores = partial + tokens * E * parts;
