@@ -139,7 +139,7 @@ class Folder:
                 raise DamagedFileError(f"{where}: {size:,} bytes; at most {limit:,} are read")
             if size == 0:
                 raise DamagedFileError(f"{where}: the file is empty")
-            return strict_json.parse(file.read(limit), where)
+            return strict_json.parse(file.read(size), where)  # asked for more, it would make room for all of that
 
 
 def read_whole(path: str | Path, read: Callable[[Folder], _T]) -> _T:
