@@ -148,7 +148,7 @@ def few_work(tokens: int, x: Array, weights: Sequence[Array]) -> tuple[str, int]
     Parameters
     ----------
     tokens : that share a weight, at most
-    x : what they are read from, in the type that is computed in, or bfloat16
+    x : what they are read from, in the type that is computed in, or in bfloat16 where weights are
     weights : contiguous; a row is as long as one of x, and their type is the same
 
     Returns
@@ -156,7 +156,7 @@ def few_work(tokens: int, x: Array, weights: Sequence[Array]) -> tuple[str, int]
     None where no kernel serves these types: x in float64 and weights in another type, or weights of several
     """
     kind = weights[0].dtype
-    if any(w.dtype != kind for w in weights) or x.dtype != (kind if kind == np.float64 else np.float32):
+    if any(w.dtype != kind for w in weights) or x.dtype not in ((kind,) if kind == np.float64 else (kind, np.float32)):
         return None
     width = 16 // kind.itemsize
     if x.shape[-1] % width or any(a.data.ptr % 16 for a in (x, *weights)):
@@ -166,22 +166,29 @@ def few_work(tokens: int, x: Array, weights: Sequence[Array]) -> tuple[str, int]
     return f"Dots<{_TYPES[kind]}, {width}, {next(n for n in FEW_SIZES if n >= tokens)}>", 128
 
 
-def product(x: Array, w: Array | Int8) -> Array:
+def product(x: Array, w: Array | Int8, out: Array | None = None) -> Array:
     """Return ``x · wᵀ`` for x (N, I) and w (O, I), by cuBLAS: on tensor cores where w is stored in bfloat16.
 
-    The rule of `minimoe.arrays.matmul`: both operands are then rounded to bfloat16, and products add in float32.
+    The rule of `minimoe.arrays.matmul`: both operands are then rounded to bfloat16, and products add in float32. The
+    result is written to `out` (N, O), if given.
     """
     if isinstance(w, Int8) or not is_bfloat16(w):
-        return x @ w.T
-    xp = xp_of(x)
-    y = xp.empty((len(x), len(w)), xp.float32)
-    if y.size:
-        _gemm(xp, contiguous(rounded(x)), contiguous(w), y)
-    return y
+        y = x @ w.T
+    elif out is not None and out.dtype == np.float32 and out.flags.c_contiguous:
+        _gemm(xp_of(x), contiguous(rounded(x)), contiguous(w), out)
+        return out
+    else:
+        y = product(x, w, xp_of(x).empty((len(x), len(w)), np.float32))
+    if out is None:
+        return y
+    out[...] = y
+    return out
 
 
 def _gemm(xp: Any, x: Array, w: Array, y: Array) -> None:
     """y = x · wᵀ, x and w in bfloat16, y in float32; cuBLAS counts by columns, so it is told yᵀ = w · xᵀ."""
+    if not y.size:
+        return
     (rows, inner), columns = x.shape, len(w)
     cublas, one, zero = xp.cuda.cublas, np.ones(1, np.float32), np.zeros(1, np.float32)
     bfloat16, float32, compute_float32, any_algorithm = 14, 0, 68, -1  # cudaDataType, cublasComputeType, cublasGemmAlgo
