@@ -1,17 +1,23 @@
 """The kernels of cross-entropy, balance losses and AdamW against the reference."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from minimoe.arrays import numbers
+from minimoe.backends import make_backend
+from minimoe.config import ModelConfig
 from minimoe.ops.adamw import cupy_gpu as adamw
 from minimoe.ops.adamw import reference as adamw_reference
 from minimoe.ops.balance_loss import cupy_gpu as balance_loss
 from minimoe.ops.balance_loss import reference as balance_reference
 from minimoe.ops.cross_entropy import cupy_gpu as cross_entropy
 from minimoe.ops.cross_entropy import reference as cross_entropy_reference
+from minimoe.training import loop
 from tests.cuda_on_cpu.measuring import OnDevice, assert_same_bits_in_any_order
-from tests.cuda_on_cpu.stand_in import STATE
+from tests.cuda_on_cpu.stand_in import STAND_IN, STATE
 from tests.measure import as_dtype, assert_as_good_as_reference, assert_close
 
 FORMS = ("concatenated", "per_layer", "switch")
@@ -142,6 +148,34 @@ def test_adamw_changes_nothing_that_is_a_copy(cupy):
 
 
 # ---- all of them
+
+
+def test_a_training_step_reads_back_once(cupy):
+    """Losses, the gradient's norm and the least share together; experts of many tokens ask how many each got."""
+    if cupy is not STAND_IN:
+        pytest.skip("counted by the stand-in")
+    config = ModelConfig(
+        vocab_size=11, hidden_size=8, intermediate_size=4, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4,
+        num_experts=3, num_experts_per_token=2, max_length=8, balance_form="per_layer", bos_id=None, eos_id=None,
+    )  # fmt: skip
+    ops, train, asked = make_backend("cuda"), loop.TrainConfig(steps=2, batch_size=2, sequence_length=4), 0
+
+    def watched(function):
+        def call(*args, **kwargs):
+            nonlocal asked
+            before = STATE.syncs
+            result = function(*args, **kwargs)
+            asked += STATE.syncs - before
+            return result
+
+        return call
+
+    experts = SimpleNamespace(forward=watched(ops.experts.forward), backward=watched(ops.experts.backward))
+    ops = dataclasses.replace(ops, experts=experts)
+    state = loop.new_state(ops, config, train)
+    before = STATE.syncs
+    loop.train_step(ops, config, train, state, loop.batch({"a": np.arange(11)}, train, 1))
+    assert STATE.syncs - before - asked == 1
 
 
 def test_threads_do_not_race(cupy):
