@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from minimoe import checkpoint
@@ -23,6 +24,15 @@ def put(folder: Path, version: str) -> None:
     tokenizer = folder.parent.parent / f"{version}.model"
     checkpoint.save(folder, CONFIGS[version], model(CONFIGS[version], seed=len(version) + ord(version[0])),
                     tokenizer_file=tokenizer, max_shard_bytes=SHARD_BYTES[version])  # fmt: skip
+
+
+def put_converted(folder: Path, version: str) -> None:
+    """As `put`, by `convert` from a checkpoint in another layout, which is made where it is not there yet."""
+    source = folder.parent.parent / f"{version}-{os.getpid()}"
+    if not source.exists():
+        checkpoint.save(source, CONFIGS[version], model(CONFIGS[version], seed=len(version) + ord(version[0])),
+                        layout="mistral", tokenizer_file=folder.parent.parent / f"{version}.model")  # fmt: skip
+    checkpoint.convert(source, folder, max_shard_bytes=SHARD_BYTES[version])
 
 
 def version_of(folder: Path) -> str:
@@ -81,11 +91,13 @@ def points(folder: Path, kind: str) -> None:
     print(len(found), found.count("old"))
 
 
-def loop(folder: Path) -> None:
-    """Save one and the other until killed."""
+def loop(folder: Path, write: Callable[[Path, str], None]) -> None:
+    """Write one and the other until killed."""
+    for version in CONFIGS:
+        write(folder, version)
     print("ready", flush=True)
     for version in itertools.cycle(CONFIGS):
-        put(folder, version)
+        write(folder, version)
 
 
 if __name__ == "__main__":
@@ -98,4 +110,4 @@ if __name__ == "__main__":
     if program == "points":
         points(Path(path), what)
     else:
-        loop(Path(path))
+        loop(Path(path), {"save": put, "convert": put_converted}[what])

@@ -51,13 +51,18 @@ def test_a_crash_at_any_step_of_a_save_leaves_old_or_new(folder: Path, kind: str
 
 
 @pytest.mark.parametrize(
-    ("how", "kills"), [("swap", 8), ("rename", 5), pytest.param("swap", 200, marks=pytest.mark.slow)]
-)
-def test_kill_9_at_random_moments_while_two_save_and_one_reads(folder: Path, how: str, kills: int) -> None:
+    ("what", "how", "kills"),
+    [
+        ("save", "swap", 8), ("save", "rename", 5), ("convert", "swap", 4),
+        pytest.param("save", "swap", 200, marks=pytest.mark.slow),
+        pytest.param("convert", "swap", 200, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_kill_9_at_random_moments_while_two_write_and_one_reads(folder: Path, what: str, how: str, kills: int) -> None:
     rng = random.Random(kills)
     writers = 2 if how == "swap" else 1  # without the swap, two at once may refuse each other
     for _ in range(kills):
-        command = program("loop", str(folder), how, "")
+        command = program("loop", str(folder), how, what)
         children = [
             subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             for _ in range(writers)
