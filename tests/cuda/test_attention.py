@@ -50,7 +50,13 @@ def call(module, *inputs, **scores):
     return out, lse, *module.backward(dout, *inputs, out, lse, **scores)
 
 
-def test_errors_are_those_of_the_reference(cupy):
+# Keys are dealt to so many blocks as fill a device: here, one tile to each. With one block it goes through all tiles.
+BLOCKS = pytest.mark.parametrize("blocks", [1, cupy_gpu.BLOCKS])
+
+
+@BLOCKS
+def test_errors_are_those_of_the_reference(cupy, monkeypatch, blocks):
+    monkeypatch.setattr(cupy_gpu, "BLOCKS", blocks)
     dialect = OnDevice(cupy, cupy_gpu)
     assert_as_good_as_reference(draws(), call, reference, dialect, n=100)
     for inputs in draws(len(SHAPES)):
@@ -70,8 +76,10 @@ BFLOAT16_SHAPES = [
 ]
 
 
-def test_errors_in_bfloat16_are_those_of_the_reference(cupy):
+@BLOCKS
+def test_errors_in_bfloat16_are_those_of_the_reference(cupy, monkeypatch, blocks):
     """The truth has no rounded probability. Both round them, relatively by 2**-9, before and after their division."""
+    monkeypatch.setattr(cupy_gpu, "BLOCKS", blocks)
     dialect, found, expected = OnDevice(cupy, cupy_gpu), [0.0] * 5, [0.0] * 5
     for i, (q, k, v, *rest) in enumerate(draws(21, BFLOAT16_SHAPES)):
         q, k, v = q.astype(BFLOAT16).astype(np.float32), k.astype(BFLOAT16), v.astype(BFLOAT16)

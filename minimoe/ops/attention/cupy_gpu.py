@@ -51,7 +51,8 @@ def forward(
     launch(KERNELS, kernel, (blocks, parts, B * K), THREADS, arguments, shared)
     if parts > 1:
         merge = f"attention_merge<{c_type(q)}>"
-        launch(KERNELS, merge, B * T * H, min(256, 32 * -(-C // 32)), [sums, tops, totals, out, lse, C, parts])
+        threads, joined = min(256, 32 * -(-C // 32)), [sums, tops, totals, out, lse, C, parts]
+        launch(KERNELS, merge, B * T * H, threads, joined, parts * q.itemsize)
     return out, lse
 
 

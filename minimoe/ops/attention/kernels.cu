@@ -260,19 +260,27 @@ attention_rows(const Real* q, const Stored* k, const Stored* v, const Index* q_p
     }
 }
 
-// Block n -> row n of the B·T·H; its threads take the C columns. Part i of a row has a maximum, a sum of exp and C sums.
+// Block n -> row n of the B·T·H. Part i of a row has a maximum, a sum of exp and C sums: threads take the parts, then the
+// columns, each adding up its parts in order.
 template <class Real>
 __global__ void attention_merge(const Real* sums, const Real* tops, const Real* totals, Real* out, Real* lse, Index C,
                                 Index parts) {
+    DYNAMIC_SHARED(Real, weights); // of each part
     Index row = blockIdx.x, rows = gridDim.x;
     Real top = -INFINITE, total = 0;
-    for (Index i = 0; i < parts; i++) top = max(top, tops[i * rows + row]);
+    for (Index i = threadIdx.x; i < parts; i += blockDim.x) top = max(top, tops[i * rows + row]);
+    top = block_max(top);
     Real base = top == -INFINITE ? Real(0) : top;
-    for (Index i = 0; i < parts; i++) total += totals[i * rows + row] * exponential(tops[i * rows + row] - base);
+    for (Index i = threadIdx.x; i < parts; i += blockDim.x) {
+        weights[i] = exponential(tops[i * rows + row] - base);
+        total += totals[i * rows + row] * weights[i];
+    }
+    total = block_sum(total); // a barrier: all weights are there
     if (threadIdx.x == 0) lse[row] = top + logarithm(total);
     for (Index c = threadIdx.x; c < C; c += blockDim.x) {
         Real sum = 0;
-        for (Index i = 0; i < parts; i++) sum += sums[(i * rows + row) * C + c] * exponential(tops[i * rows + row] - base);
+#pragma unroll 8
+        for (Index i = 0; i < parts; i++) sum += sums[(i * rows + row) * C + c] * weights[i];
         out[row * C + c] = total == 0 ? Real(0) : sum / total;
     }
 }
