@@ -117,7 +117,6 @@ def write_checkpoint(
     _check(config, parameters, str(folder))
     tensors = {stored.name: _outgoing(stored, parameters, str(folder)) for stored in chosen.tensors(config)}
     total = sum(tensor.nbytes for tensor in tensors.values())
-    check_space(Path(folder), total)
     done = 0
 
     def written(size: int) -> None:
@@ -126,6 +125,7 @@ def write_checkpoint(
         progress(done, total)
 
     def write(new: Path) -> None:
+        check_space(Path(folder), total)  # here, where the target is known to be a folder
         dtype = parameters["tok_embeddings"].dtype
         raw = config_to_params(config) if chosen.config == PARAMS else config_to_hf(config, dtype)
         (new / chosen.config).write_text(json.dumps(raw, indent=2, allow_nan=False) + "\n", encoding="utf-8")

@@ -6,9 +6,11 @@ import errno
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +87,43 @@ def test_kill_9_at_random_moments_while_two_write_and_one_reads(folder: Path, wh
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, tensors: Any, metadata: Any = None) -> None:
+    def full(path: Path, *_: Any) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("minimoe.checkpoint.writing.save_tensors", full)
+    monkeypatch.setattr("minimoe.checkpoint.writing.write_tensors", full)
     with pytest.raises(checkpoint.SaveError, match=r"m: cannot be saved: No space left on device; what was there"):
         put(folder, "new")
     monkeypatch.undo()
     assert check(folder) == "old"
     assert os.listdir(folder.parent) == ["m"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 kB: the old checkpoint fits, and not the new one beside it."""
+    disk = tmp_path / "parent"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_disk_that_is_really_full_does_too(small_disk: Path, monkeypatch: pytest.MonkeyPatch, foreseen: bool) -> None:
+    for version in ("old", "new"):
+        (small_disk.parent / f"{version}.model").write_text(version)
+    folder = small_disk / "m"
+    put(folder, "old")
+    (folder / "README.md").write_text("card")
+    if not foreseen:  # as where others write meanwhile
+        monkeypatch.setattr("minimoe.checkpoint.writing.check_space", lambda *_: None)
+    with pytest.raises(checkpoint.SaveError, match="MB are free" if foreseen else "No space left on device"):
+        put(folder, "new")
+    assert check(folder) == "old"
+    assert os.listdir(small_disk) == ["m"]
 
 
 def test_a_limit_on_file_size_does_too(folder: Path) -> None:
