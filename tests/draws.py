@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from minimoe import mixtral
-from minimoe.config import ModelConfig
+from minimoe.config import ModelConfig, preset
 from minimoe.params import from_named, map_leaves, random, stack_experts
 
 SIDES = ("none", "left", "right", "both")
@@ -57,6 +57,16 @@ def draw_any_config(rng, **fixed):
         "post_norms": True,
     }
     return config.replace(**{name: value for name, value in drawn.items() if rng.random() < 0.7})
+
+
+def scaled(name):
+    """The preset with its proportions and constants, a few numbers wide; its window, where it has one, fills up."""
+    config = preset(name)
+    return config.replace(
+        vocab_size=23, hidden_size=12, intermediate_size=10, num_layers=2,
+        num_heads=config.num_heads // config.num_kv_heads * 2, num_kv_heads=2, head_dim=6,
+        sliding_window=None if config.sliding_window is None else 5,
+    )  # fmt: skip
 
 
 def draw_params(config, rng, dtype=np.float64, stacked=True):

@@ -5,25 +5,15 @@ import pytest
 
 from minimoe import mixtral
 from minimoe.backends import make_backend
-from minimoe.config import PRESETS, preset
+from minimoe.config import PRESETS
 from minimoe.params import leaves, map_leaves, named, random
 from minimoe.shapes import Routing
 from minimoe.trace import record
 from tests import naive_grok
-from tests.draws import draw_params, draw_tokens, forward, regroup
+from tests.draws import draw_params, draw_tokens, forward, regroup, scaled
 from tests.measure import assert_close, assert_slopes
 
 NAMES = [name for name in PRESETS if name != "tiny"]
-
-
-def scaled(name):
-    """The preset with its proportions and constants, a few numbers wide; its window, where it has one, fills up."""
-    config = preset(name)
-    return config.replace(
-        vocab_size=23, hidden_size=12, intermediate_size=10, num_layers=2,
-        num_heads=config.num_heads // config.num_kv_heads * 2, num_kv_heads=2, head_dim=6,
-        sliding_window=None if config.sliding_window is None else 5,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
