@@ -117,6 +117,7 @@ def write_checkpoint(
     _check(config, parameters, str(folder))
     tensors = {stored.name: _outgoing(stored, parameters, str(folder)) for stored in chosen.tensors(config)}
     total = sum(tensor.nbytes for tensor in tensors.values())
+    check_space(Path(folder), total)
     done = 0
 
     def written(size: int) -> None:
@@ -125,7 +126,6 @@ def write_checkpoint(
         progress(done, total)
 
     def write(new: Path) -> None:
-        check_space(Path(folder), total)  # here, where the target is known to be a folder
         dtype = parameters["tok_embeddings"].dtype
         raw = config_to_params(config) if chosen.config == PARAMS else config_to_hf(config, dtype)
         (new / chosen.config).write_text(json.dumps(raw, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -172,8 +172,11 @@ def _check(config: ModelConfig, parameters: Mapping[str, Parameter], where: str)
 def check_space(folder: Path, size: int) -> None:
     """Raise SaveError if the disk has no room for so many bytes."""
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if size > (free := shutil.disk_usage(existing).free):
-        raise SaveError(f"{folder}: cannot be saved: the weights take {gigabytes(size)}; {gigabytes(free)} are free")
+    disk = shutil.disk_usage(existing)
+    if disk.total and size > disk.free:  # /proc and its like have no size, and are refused for what they are
+        raise SaveError(
+            f"{folder}: cannot be saved: the weights take {gigabytes(size)}; {gigabytes(disk.free)} are free"
+        )
 
 
 def _outgoing(stored: Stored, parameters: Mapping[str, Parameter], where: str) -> Outgoing:
