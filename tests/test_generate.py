@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
+import minimoe
 from minimoe.arrays import BFLOAT16
 from minimoe.backends import make_backend
 from minimoe.config import ModelConfig
-from minimoe.generate import generate_ids
+from minimoe.generate import Decoding, generate_ids
 from minimoe.mixtral import CacheFullError, TokenError
 from tests.draws import SIDES, draw_config, draw_dense_config, draw_params, draw_tokens, forward
 
@@ -192,3 +193,15 @@ def test_wrong_prompts_are_refused_before_anything_is_computed(params):
         generate_ids(ops, CONFIG, params, [[1, 2], [3, 4]], mask=np.array([[True, True], [False, False]]))
     with pytest.raises(TokenError, match="an empty list has no type"):
         generate_ids(ops, CONFIG, params, [])
+
+
+def test_a_step_goes_on_with_the_tokens_it_is_told_not_with_those_it_drew():
+    """As a sequence that has ended does, beside others that go on."""
+    model = minimoe.random(CONFIG, seed=0, backend="numpy")
+    told = np.array([3, 5, 7, 9])
+    cache = model.new_cache(1, 8)
+    model.forward(told[:1], cache=cache)
+    decoding = Decoding(model.ops, model.config, model.params, cache)
+    for i in range(1, 4):
+        drawn = decoding(told[i : i + 1], np.zeros(1))
+        assert drawn == model.forward(told[: i + 1])[-1].argmax()

@@ -1,0 +1,42 @@
+"""One step of decoding as a graph: how much it launches."""
+
+import numpy as np
+import pytest
+
+import minimoe
+from minimoe.config import ModelConfig
+from minimoe.generate import Decoding
+from tests.cuda_on_cpu.stand_in import STAND_IN
+
+CONFIG = ModelConfig(
+    vocab_size=37, hidden_size=32, intermediate_size=16, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8,
+    num_experts=4, max_length=64, bos_id=None, eos_id=None,
+)  # fmt: skip
+
+
+def operations(model, temperature):
+    """How many operations the graph of one step holds: kernels, and what array code stands for kernels."""
+    cache = model.new_cache(1, 32)
+    model.forward(np.arange(3), cache=cache)
+    decoding = Decoding(model.ops, model.config, model.params, cache, temperature)
+    for _ in range(2):  # as it stands, then captured
+        decoding(np.zeros(1, np.int64), np.zeros(1))
+    return len(decoding._replay._graph._operations)
+
+
+# Of a layer: two norms, q k v at once, two rotations, the cache, attention (one more merges where the keys are many),
+# its output, the gate, the experts in two. Around: embedding, angles, three for positions, norm, head, argmax, and two
+# to go on.
+PER_LAYER, AROUND = 11, 10
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_of_a_step_is_eleven_launches(cupy, dtype):
+    if cupy is not STAND_IN:
+        pytest.skip("counted by the stand-in")
+    found = []
+    for layers in (1, 2):
+        model = minimoe.random(CONFIG.replace(num_layers=layers), seed=0, backend="cuda", dtype=dtype)
+        found.append(operations(model, 0.0))
+    assert found[1] - found[0] == PER_LAYER
+    assert 2 * found[0] - found[1] == AROUND
