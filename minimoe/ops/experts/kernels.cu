@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(Work::THREADS)
 // weighted sum in the order of slots. Batch 1 of Mixtral-8x7B: 256 blocks, each reads 2 × 448 KB, two for each of 128 of
 // 132 multiprocessors. Dynamic shared memory: the queue, then what the block's rows of each pair come to, (M, 16).
 template <class Work>
-__global__ void __launch_bounds__(Work::THREADS)
+__global__ void __launch_bounds__(Work::THREADS, 1)
     experts_down(const typename Hidden<typename Work::Stored>::type* hidden, const typename Work::Stored* w2,
                  const float* scale2, const Index* ids, const typename Work::Real* weights, typename Work::Real* out,
                  Index M, Index k, Index E, Index D, Index F, Index queue_bytes) {
