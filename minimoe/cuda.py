@@ -22,7 +22,7 @@ from minimoe.quantized import Int8
 from minimoe.shapes import Array
 
 SHARED = Path(__file__).with_name("kernels.cuh")
-OPTIONS = ("--std=c++17",)
+OPTIONS = ("--std=c++17", "-default-device")  # NVRTC takes a generic lambda for a function of the host otherwise
 _INCLUDE = '#include "../../kernels.cuh"'
 _TYPES = {
     np.dtype(np.float32): "float",
