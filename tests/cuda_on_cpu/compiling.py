@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 EMULATOR = Path(__file__).with_name("emulator.hpp")
 COMPILER = shutil.which("g++")
-FLAGS = ("-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-fPIC")
 _ONE_AT_A_TIME = threading.Lock()  # what a block shares is static memory; on a device a stream keeps launches apart
-WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+# What the emulator keeps across its jumps is static or in memory.
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-clobbered")
 
 _STUB = """
 extern "C" const char* launch(const unsigned* grid, const unsigned* block, unsigned long shared, int order,
@@ -39,21 +41,44 @@ def _folder() -> Path:
 
 
 @functools.cache
+def _header() -> Path:
+    """The emulator, its precompiled form beside it: most of a kernel's time to compile is that of C++'s own headers."""
+    header = _folder() / f"emulator-{_key(EMULATOR.read_text())}.hpp"
+    if not (precompiled := header.with_suffix(".hpp.gch")).exists():
+        _replace(header, lambda file: shutil.copyfile(EMULATOR, file))
+        _replace(precompiled, lambda file: _compile("the emulator", "-w", "-x", "c++-header", header, "-o", file))
+    return header
+
+
+@functools.cache
 def compiled(source: str, kernel: str) -> ctypes._CFuncPtr:
     """Return the launcher of one instantiation, compiled unless an earlier run did."""
-    text = f'#include "{EMULATOR}"\n#line 1 "kernels.cuh"\n{source}\n{_STUB % kernel}'
-    key = hashlib.sha256("\0".join([text, EMULATOR.read_text(), *FLAGS, *WARNINGS]).encode()).hexdigest()[:24]
-    library = _folder() / f"{key}.so"
+    text = f'#include "{_header()}"\n#line 1 "kernels.cuh"\n{source}\n{_STUB % kernel}'
+    library = _folder() / f"{_key(text)}.so"
     if not library.exists():
-        unique = library.with_suffix(f".{os.getpid()}.so")  # another process may be compiling the same
-        command = [COMPILER, *FLAGS, *WARNINGS, "-x", "c++", "-", "-o", str(unique)]
-        done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
-        if done.returncode:
-            raise KernelError(f"{kernel} does not compile:\n{done.stderr[:4000]}")
-        unique.replace(library)
+        arguments = (*WARNINGS, "-shared", "-x", "c++", "-", "-o")
+        _replace(library, lambda file: _compile(kernel, *arguments, file, text=text))
     function = ctypes.CDLL(str(library)).launch
     function.restype = ctypes.c_char_p
     return function
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256("\0".join([text, *FLAGS, *WARNINGS]).encode()).hexdigest()[:24]
+
+
+def _replace(file: Path, make: Callable[[Path], object]) -> None:
+    """Make a file beside its place first: another process may be making the same."""
+    unique = file.with_name(f"{os.getpid()}.{file.name}")
+    make(unique)
+    unique.replace(file)
+
+
+def _compile(what: str, *arguments: str | Path, text: str | None = None) -> None:
+    command = [str(COMPILER), *FLAGS, *map(str, arguments)]
+    done = subprocess.run(command, input=text, text=True, capture_output=True, check=False)
+    if done.returncode:
+        raise KernelError(f"{what} does not compile:\n{done.stderr[:4000]}")
 
 
 def run(

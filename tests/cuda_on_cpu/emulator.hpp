@@ -19,8 +19,6 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
-#pragma GCC diagnostic ignored "-Wclobbered" // what is read after a jump is static or in memory
-
 #define CUDA_ON_CPU 1
 #define __global__
 #define __device__
