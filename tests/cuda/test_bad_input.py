@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import signal
 import threading
 import weakref
@@ -254,20 +255,24 @@ def test_work_of_another_thread_does_not_get_into_a_graph(cupy):
 # ---- Ctrl-C
 
 
+def interrupted(function, call):
+    """The function, whose call of that number Ctrl-C ends before it begins."""
+    calls = itertools.count(1)
+
+    def wrapped(*given):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return function(*given)
+
+    return wrapped
+
+
 @pytest.mark.parametrize("at", range(5))
 def test_ctrl_c_at_any_step_leaves_the_model_usable(model, monkeypatch, at):
-    """In the prompt, in the step that runs as it stands, in the one that is captured, and in those replayed."""
+    """While the ids of a step are waited for: of the prompt, of the step that runs as it stands, of replayed ones."""
     expected = model.generate_ids(TOKENS, max_new_tokens=9)
-    forward, calls = model.ops.sampling.forward, []
-
-    def interrupted(*given):
-        calls.append(None)
-        if len(calls) == at + 1:
-            raise KeyboardInterrupt
-        return forward(*given)
-
     with monkeypatch.context() as patch:
-        patch.setattr(model.ops.sampling, "forward", interrupted)
+        patch.setattr(generate, "to_host", interrupted(generate.to_host, at + 1))
         with pytest.raises(KeyboardInterrupt):
             model.generate_ids(TOKENS, max_new_tokens=9)
     np.testing.assert_array_equal(model.generate_ids(TOKENS, max_new_tokens=9), expected)
@@ -277,16 +282,8 @@ def test_ctrl_c_at_any_step_leaves_the_model_usable(model, monkeypatch, at):
 def test_ctrl_c_inside_a_step_leaves_the_model_usable(model, monkeypatch, call):
     """Each layer asks the gate once a pass: the calls are in the prompt, in the first step, and in the capture."""
     expected = model.generate_ids(TOKENS, max_new_tokens=9)
-    forward, calls = model.ops.gating.forward, []
-
-    def interrupted(*given):
-        calls.append(None)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return forward(*given)
-
     with monkeypatch.context() as patch:
-        patch.setattr(model.ops.gating, "forward", interrupted)
+        patch.setattr(model.ops.gating, "forward", interrupted(model.ops.gating.forward, call))
         with pytest.raises(KeyboardInterrupt):
             model.generate_ids(TOKENS, max_new_tokens=9)
     np.testing.assert_array_equal(model.generate_ids(TOKENS, max_new_tokens=9), expected)
@@ -310,16 +307,9 @@ def test_a_conversation_goes_on_after_ctrl_c(cupy, monkeypatch):
     model = minimoe.load("tiny", backend="cuda")
     questions = [{"role": "user", "content": "a"}]
     expected = model.conversation().chat(questions, max_new_tokens=3)
-    talk, overwrite, calls = model.conversation(), generate.overwrite, []
-
-    def interrupted(*given):
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        overwrite(*given)
-
+    talk = model.conversation()
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "overwrite", interrupted)
+        patch.setattr(generate, "to_host", interrupted(generate.to_host, 2))
         with pytest.raises(KeyboardInterrupt):
             talk.chat(questions, max_new_tokens=5)
     assert talk.chat(questions, max_new_tokens=3) == expected
