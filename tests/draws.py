@@ -44,7 +44,7 @@ def draw_dense_config(rng, **fixed):
 
 def draw_any_config(rng, **fixed):
     """`draw_config`, half the time with some of what Grok-1 has and Mixtral has not."""
-    config = draw_config(rng, **fixed)
+    config, rng = draw_config(rng, **fixed), rng.spawn(1)[0]  # a stream of its own: the rest is drawn as without it
     if rng.random() < 0.5:
         return config
     drawn = {

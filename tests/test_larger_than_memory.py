@@ -34,11 +34,6 @@ resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
 from minimoe.cli import main
 sys.exit(main(sys.argv[2:]))
 """
-COPYING = """
-import minimoe.cli.common as common
-load = common.load
-common.load = lambda *args, **settings: load(*args, **settings, mmap=False)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +52,11 @@ def large(tmp_path_factory):
     shutil.rmtree(base)
 
 
-def run_limited(folder, backend, before="", limit=LIMIT, prompt="def add(a, b): return"):
+def run_limited(folder, backend, *flags, limit=LIMIT, prompt="def add(a, b): return"):
     """Run `minimoe generate --stats` under the limit; return its result and the most anonymous memory seen."""
     command = [
-        sys.executable, "-c", before + LIMITED, str(limit), "generate", prompt, "--model", str(folder),
-        "--max-new-tokens", "4", "--backend", backend, "--threads", "1", "--stats", "--json",
+        sys.executable, "-c", LIMITED, str(limit), "generate", prompt, "--model", str(folder),
+        "--max-new-tokens", "4", "--backend", backend, "--threads", "1", "--stats", "--json", *flags,
     ]  # fmt: skip
     settings = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings)
@@ -107,7 +102,7 @@ def test_it_is_converted_within_the_limit(large):
 
 @pytest.mark.slow
 def test_the_limit_is_too_small_for_weights_that_are_copied(large):
-    status, out, err, _ = run_limited(large, "numpy", COPYING)
+    status, out, err, _ = run_limited(large, "numpy", "--no-mmap")
     assert (status, out) == (2, "") and err.startswith("minimoe: error: ") and err.count("\n") == 1
 
 

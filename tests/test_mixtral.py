@@ -82,7 +82,8 @@ def test_gradients_are_the_slopes_of_the_loss(changes, side, ops):
     def loss(*arrays):
         return run(regroup(config, dict(zip(names, arrays, strict=True))))[0].total
 
-    assert_slopes(loss, list(arrays), list(found.values()), step=1e-4)
+    # A norm right after a product bends sharply where the product is short; differences see that over 1e-4.
+    assert_slopes(loss, list(arrays), list(found.values()), step=1e-5 if config.post_norms else 1e-4)
 
 
 def test_gradients_have_the_names_and_shapes_of_the_parameters(ops):

@@ -135,7 +135,7 @@ def test_a_config_that_is_not_json(single: Path, text: bytes, words: str) -> Non
 
 
 CONFIG_CASES: list[tuple[dict[str, Any], str]] = [
-    ({"model_type": "qwen3_moe"}, "model_type must be one of mixtral, mistral, llama, not qwen3_moe"),
+    ({"model_type": "qwen3_moe"}, "model_type must be one of mixtral, mistral, llama, grok-1, not qwen3_moe"),
     ({"model_type": ...}, "model_type"),
     ({"model_type": ["mixtral"]}, "model_type"),
     ({"hidden_size": ..., "vocab_size": None}, "lacks vocab_size, hidden_size"),

@@ -7,6 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+# ruff: noqa: E402 (a file of tests that has been skipped cannot be imported from)
 from minimoe import checkpoint
 from minimoe.checkpoint.formats import hf_name
 from minimoe.params import named
@@ -20,10 +25,6 @@ from tests.peers.test_checkpoint_transformers import (
     save_theirs,
     their_logits,
 )
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-safetensors_torch = pytest.importorskip("safetensors.torch")
 
 pytestmark = pytest.mark.peers
 

@@ -153,7 +153,7 @@ def test_the_static_page_holds_the_first_layer_and_the_ends_and_says_how_many_ar
     shown = [steps[int(number) - 1] for number in re.findall(r"<summary[^>]*><b>(\d+)</b>", page)]
     assert shown == [step for step in steps if step.layer in (None, 0)] and shown[-1].name == "logits"
     assert "<script" not in page and f"{len(steps) - len(shown)} further steps" in page
-    assert "further" not in steps.static(range(len(steps)))
+    assert "further steps" not in steps.static(range(len(steps)))
 
 
 def test_next_and_back_move_the_slider_and_the_page(steps):
