@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16, widen, xp_of
-from minimoe.cuda import c_type, contiguous, launch, rounded
+from minimoe.cuda import c_type, contiguous, int64, launch, rounded
 from minimoe.shapes import Array
 
 KERNELS = Path(__file__).with_name("kernels.cu")
@@ -94,8 +94,7 @@ def _prepared(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array) -> tuple
         q = q.astype(np.float32, copy=False)
     if k.dtype != v.dtype:
         q, k, v = (widen(rounded(q)) if is_bfloat16(k) else q), widen(k), widen(v)
-    positions = (contiguous(x.astype(np.int64, copy=False)) for x in (q_pos, k_pos))
-    return contiguous(q), contiguous(k), contiguous(v), *positions
+    return contiguous(q), contiguous(k), contiguous(v), int64(q_pos), int64(k_pos)
 
 
 def _scalars(C: int, window: int | None, scale: float | None, cap: float | None) -> tuple[int, float, float]:

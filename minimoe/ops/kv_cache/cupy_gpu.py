@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxtyping import Float, Int
 
 from minimoe.arrays import xp_of
-from minimoe.cuda import c_type, contiguous, launch
+from minimoe.cuda import c_type, contiguous, int64, launch
 from minimoe.shapes import Array
 
 KERNELS = Path(__file__).with_name("kernels.cu")
@@ -29,7 +29,7 @@ def forward(
 
 def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> None:
     (B, R), T = cache_positions.shape, positions.shape[1]
-    launch(KERNELS, "kv_cache_positions", B, _threads(T), [cache_positions, _int64(positions), T, R])
+    launch(KERNELS, "kv_cache_positions", B, _threads(T), [cache_positions, int64(positions), T, R])
 
 
 def backward(
@@ -39,7 +39,7 @@ def backward(
     dk, dv = (xp.empty((B, T, K, C), x.dtype) for x in (dk_cache, dv_cache))
     kernel = f"kv_cache_backward<{c_type(dk)}>"
     grid, per = _grid(B, T)
-    launch(KERNELS, kernel, grid, _threads(K * C), [dk_cache, dv_cache, dk, dv, _int64(positions), T, R, K * C, per])
+    launch(KERNELS, kernel, grid, _threads(K * C), [dk_cache, dv_cache, dk, dv, int64(positions), T, R, K * C, per])
     return dk, dv
 
 
@@ -48,7 +48,7 @@ def _write(k_cache: Array, v_cache: Array | None, k: Array, v: Array | None, pos
     k, v = contiguous(k), None if v is None else contiguous(v)
     kernel = f"kv_cache_forward<{c_type(k)}, {c_type(k_cache)}>"
     grid, per = _grid(B, T)
-    launch(KERNELS, kernel, grid, _threads(K * C), [k_cache, v_cache, k, v, _int64(positions), T, R, K * C, per])
+    launch(KERNELS, kernel, grid, _threads(K * C), [k_cache, v_cache, k, v, int64(positions), T, R, K * C, per])
 
 
 def _grid(B: int, T: int) -> tuple[tuple[int, int], int]:
@@ -59,10 +59,6 @@ def _grid(B: int, T: int) -> tuple[tuple[int, int], int]:
 
 def _threads(numbers: int) -> int:
     return min(1024, 32 * -(-numbers // 32))
-
-
-def _int64(positions: Array) -> Array:
-    return contiguous(positions.astype("int64", copy=False))
 
 
 STORED = ("float", "double", "bfloat16")

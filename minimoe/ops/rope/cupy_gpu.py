@@ -8,7 +8,7 @@ from typing import Any
 from jaxtyping import Float, Int
 
 from minimoe.arrays import xp_of
-from minimoe.cuda import c_type, contiguous, launch
+from minimoe.cuda import c_type, contiguous, int64, launch
 from minimoe.shapes import Array
 
 KERNELS = Path(__file__).with_name("kernels.cu")
@@ -20,9 +20,8 @@ def table(
 ) -> tuple[Float[Array, "N c"], Float[Array, "N c"]]:
     xp, N, c = xp_of(positions), len(positions), head_dim // 2
     cos, sin = (xp.empty((N, c), dtype) for _ in range(2))
-    positions = contiguous(positions.astype(xp.int64, copy=False))
     kernel = f"rope_table<{c_type(cos)}>"
-    launch(KERNELS, kernel, -(-N * c // THREADS), THREADS, [positions, float(theta), cos, sin, N, c])
+    launch(KERNELS, kernel, -(-N * c // THREADS), THREADS, [int64(positions), float(theta), cos, sin, N, c])
     return cos, sin
 
 
