@@ -6,7 +6,10 @@ has one of are counted first.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from minimoe.checkpoint.errors import DamagedFileError, shown
@@ -32,7 +35,8 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
     if (marks := sum(map(data.count, (b",", b":", b"[", b"{")))) > _MAX_MARKS:
         raise DamagedFileError(f"{where}: {marks:,} commas, colons and brackets; at most {_MAX_MARKS:,} are read")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        with _no_collection():
+            value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise DamagedFileError(f"{where}: not UTF-8 text at byte {error.start}") from None
     except RecursionError:
@@ -42,6 +46,19 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedFileError(f"{where}: must be a JSON object, not {type(value).__name__}")
     return value
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Hold the cycle collector: JSON has no cycles, and each pass would go through the whole process's objects."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ draws so many files of every kind instead of the few that keep the tests short.
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import random
@@ -344,18 +345,36 @@ def worst(kind, size):
     return b'{"a":[' + WORST[kind] * (size // len(WORST[kind])) + b"0]}"
 
 
-@pytest.mark.parametrize("size", [900_000, 9_999_000])
-@pytest.mark.parametrize("kind", [*WORST, "keys"])
-def test_json_takes_less_than_a_second(kind, size):
-    content = worst(kind, size)
-
-    def seconds():
+def strict_json_seconds(content):
+    """Time of this process; the least of three, as a busy neighbour on the same core slows a program down."""
+    taken = []
+    for _ in range(3):
         start = time.process_time()
         with contextlib.suppress(CheckpointError):
             strict_json.parse(content, "a file")
-        return time.process_time() - start
+        taken.append(time.process_time() - start)
+    return min(taken)
 
-    assert any(seconds() < SECONDS for _ in range(3))  # a busy neighbour on the same core slows a program down
+
+@pytest.mark.parametrize("size", [900_000, 9_999_000])
+@pytest.mark.parametrize("kind", [*WORST, "keys"])
+def test_json_takes_less_than_a_second(kind, size):
+    assert strict_json_seconds(worst(kind, size)) < SECONDS
+
+
+def test_the_time_json_takes_does_not_grow_with_what_else_the_process_holds():
+    """Python's collector goes through all of that, again and again while lists are made."""
+    passes = []
+    content = worst("lists", 900_000)
+    gc.callbacks.append(lambda phase, _: passes.append(phase))
+    try:
+        assert len(strict_json.parse(content, "a file")["a"]) == 300_001
+        assert len(passes) <= 2 * 2  # begun and ended: once before it, once after
+    finally:
+        gc.callbacks.pop()
+    with pytest.raises(CheckpointError):
+        strict_json.parse(b"[", "a file")
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("kind", [*WORST, "keys"])
