@@ -73,15 +73,18 @@ BFLOAT16_SHAPES = [
     (2, 20, 70, 4, 2, 32, 3, 50),
     (1, 33, 90, 3, 1, 40, 0, None),
     (1, 9, 40, 2, 1, 136, 0, 20),
+    (1, 20, 330, 1, 1, 2, 0, None),  # more parts than there are lanes to join them
 ]
+# No tensor cores, however many rows there are; the first has 38 parts
+WIDE_SHAPES = [(1, 1, 150, 2, 1, 2048, 0, None), (1, 9, 20, 4, 2, 264, 0, None), (2, 1, 70, 18, 1, 260, 3, 50)]
 
 
 @BLOCKS
 def test_errors_in_bfloat16_are_those_of_the_reference(cupy, monkeypatch, blocks):
-    """The truth has no rounded probability. Both round them, relatively by 2**-9, before and after their division."""
+    """The truth has no rounded probability; both round them, relatively by 2**-9."""
     monkeypatch.setattr(cupy_gpu, "BLOCKS", blocks)
     dialect, found, expected = OnDevice(cupy, cupy_gpu), [0.0] * 5, [0.0] * 5
-    for i, (q, k, v, *rest) in enumerate(draws(21, BFLOAT16_SHAPES)):
+    for i, (q, k, v, *rest) in enumerate(draws(24, BFLOAT16_SHAPES)):
         q, k, v = q.astype(BFLOAT16).astype(np.float32), k.astype(BFLOAT16), v.astype(BFLOAT16)
         scores = SCORES[i % 4]
         truth = call(reference, *as_dtype((q, k, v), np.float64), *rest, **scores)
@@ -90,11 +93,36 @@ def test_errors_in_bfloat16_are_those_of_the_reference(cupy, monkeypatch, blocks
             assert {a.dtype for a in result} == {np.dtype(np.float32)}
             errors[:] = [max(e, relative_error(a, t)) for e, a, t in zip(errors, result, truth, strict=True)]
     for error, reference_error in zip(found, expected, strict=True):
-        assert error <= 2 * reference_error + 8 * 2**-24 * np.sqrt(200)
+        assert error <= 2 * reference_error + 8 * 2**-24 * np.sqrt(330)
     assert expected[0] > 1e-4  # the rounding is there
 
 
-@pytest.mark.parametrize(("stored", "T"), [(np.float64, 4), (BFLOAT16, 20)])
+def rounded_profile(q, k, v, q_pos, k_pos, window, **scores):
+    """The output in float64 but for what is pinned to be rounded: q, k and v, given so, and each probability."""
+    probs = reference.explain(*as_dtype((q, k), np.float64), q_pos, k_pos, window, **scores)["probs"]
+    values = np.repeat(v.astype(np.float64), q.shape[2] // v.shape[2], axis=2)
+    return np.einsum("bhts,bshc->bthc", probs.astype(BFLOAT16).astype(np.float64), values)
+
+
+@BLOCKS
+def test_the_probability_that_is_rounded_is_divided_by_the_sum_already(cupy, monkeypatch, blocks):
+    """On average a draw's outputs are those of the rounded profile, to the accuracy of float32, as the reference's are.
+
+    A few of either are not: where a probability lies so near the middle of two numbers of bfloat16 that this accuracy
+    does not tell on which side. Rounded before the division, probabilities leave nearly all outputs off by some 5e-4.
+    """
+    monkeypatch.setattr(cupy_gpu, "BLOCKS", blocks)
+    dialect, found, expected = OnDevice(cupy, cupy_gpu), [], []
+    for i, (q, k, v, *rest) in enumerate([*draws(24, BFLOAT16_SHAPES), *draws(3, WIDE_SHAPES)]):
+        q, k, v = q.astype(BFLOAT16).astype(np.float32), k.astype(BFLOAT16), v.astype(BFLOAT16)
+        truth = rounded_profile(q, k, v, *rest, **SCORES[i % 4])
+        for errors, module in ((found, dialect), (expected, reference)):
+            out, _ = module.forward(q, k, v, *rest, **SCORES[i % 4])
+            errors.append(np.abs(out - truth).mean() / np.abs(truth).max())
+    assert max(found) <= 2 * max(expected) + 8 * 2**-24 * np.sqrt(330)
+
+
+@pytest.mark.parametrize(("stored", "T"), [(np.float64, 4), (BFLOAT16, 4), (BFLOAT16, 20)])
 def test_the_window_counts_the_query_itself(cupy, stored, T):
     q, k, v, q_pos, *_ = draw(0, 2, T, T, 2, 2, 6, 0, None)
     q, k, v = q.astype(np.float64 if stored == np.float64 else np.float32), k.astype(stored), v.astype(stored)
@@ -125,13 +153,14 @@ def test_wide_heads(cupy, stored, C):
 
 @pytest.mark.parametrize("keys_rounded", [True, False])
 def test_keys_and_values_may_be_stored_in_two_types(cupy, keys_rounded):
-    q, k, v, *rest = as_dtype(draw(0, 1, 9, 20, 2, 1, 6, 0, None), np.float32)
+    q, k, v, *rest = as_dtype(draw(0, 1, 19, 20, 2, 1, 6, 0, None), np.float32)
     k, v = (k.astype(BFLOAT16), v) if keys_rounded else (k, v.astype(BFLOAT16))
     found, expected = (m.forward(q, k, v, *rest) for m in (OnDevice(cupy, cupy_gpu), reference))
-    assert_close(found, expected, 1e-6 if keys_rounded else 1e-2)
+    assert_close(found[1], expected[1], 1e-6)
+    assert np.median(np.abs(found[0] - expected[0])) < 1e-6  # one probability may be rounded to the other side
 
 
-@pytest.mark.parametrize(("stored", "T"), [(np.float64, 1), (np.float64, 3), (BFLOAT16, 20)])
+@pytest.mark.parametrize(("stored", "T"), [(np.float64, 1), (np.float64, 3), (BFLOAT16, 1), (BFLOAT16, 20)])
 def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(cupy, stored, T):
     attention = OnDevice(cupy, cupy_gpu)
     q, k, v, *_ = draw(0, 1, T, 300, 2, 1, 4, 0, None)
@@ -152,7 +181,7 @@ def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(cupy, stored, T):
     assert np.isfinite(lse[0, 1:]).all()
 
 
-@pytest.mark.parametrize(("stored", "T"), [(np.float32, 3), (BFLOAT16, 20)])
+@pytest.mark.parametrize(("stored", "T"), [(np.float32, 3), (BFLOAT16, 3), (BFLOAT16, 20)])
 def test_large_scores_do_not_overflow(cupy, stored, T):
     q, k, v, *rest = as_dtype(draw(0, 1, T, 80, 1, 1, 4, 0, None), np.float32)
     q, k, v = 100 * q, (100 * k).astype(stored), v.astype(stored)
@@ -161,7 +190,7 @@ def test_large_scores_do_not_overflow(cupy, stored, T):
     assert_close(found, expected, 1e-2 if stored == BFLOAT16 else 1e-5)
 
 
-@pytest.mark.parametrize(("stored", "T"), [(np.float64, 1), (np.float64, 9), (BFLOAT16, 20)])
+@pytest.mark.parametrize(("stored", "T"), [(np.float64, 1), (np.float64, 9), (BFLOAT16, 1), (BFLOAT16, 20)])
 def test_tiles_that_no_query_sees_are_not_read(cupy, stored, T):
     """A cache is mostly empty at first, and half of a causal prefill lies in the future."""
     q, k, v, q_pos, _, _ = draw(0, 1, T, 400, 2, 1, 4, 0, None)

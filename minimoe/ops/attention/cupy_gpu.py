@@ -1,7 +1,7 @@
 """Grouped-query attention on the GPU (`kernels.cu`): in tiles, so that memory grows with T and S and not with T·S.
 
-One exception to the storage rule's letter: where keys are bfloat16, what is rounded before its product with v is
-exp(score - running maximum) and not that divided by its sum, which is known last. The relative error is the same.
+Where values are bfloat16, a probability is rounded before its product with them, which takes its sum to be known: keys
+are passed first, then values. Otherwise both are passed together, and divided at the end.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ KERNELS = Path(__file__).with_name("kernels.cu")
 THREADS, BACKWARD_THREADS = 128, 256
 FEW_ROWS = 16  # queries of a key/value head, T·G, up to which scalar code keeps up with the memory
 BLOCKS = 2 * 132  # keys are dealt to several blocks where there would be fewer: two for each multiprocessor of an H100
-SHARED = 72 * 1024  # bytes of a block for two tiles of keys and values: three blocks share a multiprocessor
+SHARED = 72 * 1024  # bytes of a block for four tiles of keys or values: three blocks share a multiprocessor
+STAGES, FEW_AT_ONCE = 4, 2  # as in kernels.cu
+Scalars = tuple[int, float, float]  # window, scale, cap
 UNBOUNDED = 1 << 62  # a window that sees everything
 
 
@@ -34,26 +36,21 @@ def forward(
     scale: float | None = None,
     cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
-    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
-    q, k, v, q_pos, k_pos = _prepared(q, k, v, q_pos, k_pos)
-    on_tensor_cores = is_bfloat16(k) and T * (H // K) > FEW_ROWS and C <= 256
-    kernel, rows, tile, shared, sizes = _on_tensor_cores(C) if on_tensor_cores else _scalar(q, k)
-    blocks, tiles = -(-T * (H // K) // rows), -(-S // tile)
-    parts = max(1, min(tiles, -(-BLOCKS // max(1, blocks * B * K))))  # from shapes alone: a graph may be replayed
-    shared += -(-tiles // parts)
-    xp, shape = xp_of(q), (B, T, H, C)
-    out, lse = xp.empty(shape, q.dtype), xp.empty(shape[:3], q.dtype)
-    sums, tops, totals = out, lse, None
-    if parts > 1:
-        sums, (tops, totals) = xp.empty((parts, *shape), q.dtype), xp.empty((2, parts, *shape[:3]), q.dtype)
+    (_, T, H, C), K, xp = q.shape, k.shape[2], xp_of(q)
+    few = max(1, FEW_ROWS // (H // K))  # tokens
     scalars = _scalars(C, window, scale, cap)
-    arguments = [q, k, v, q_pos, k_pos, *scalars, sums, tops, totals, T, S, H, K, C, *sizes, _in_packs(k, v)]
-    launch(KERNELS, kernel, (blocks, parts, B * K), THREADS, arguments, shared)
-    if parts > 1:
-        merge = f"attention_merge<{c_type(q)}>"
-        threads, joined = min(256, 32 * -(-C // 32)), [sums, tops, totals, out, lse, C, parts]
-        launch(KERNELS, merge, B * T * H, threads, joined, parts * q.itemsize)
-    return out, lse
+    if not is_bfloat16(v):
+        return _together(*_prepared(q, k, v, q_pos, k_pos), scalars)
+    if is_bfloat16(k) and T * (H // K) > FEW_ROWS and WIDTHS[-1] >= C:
+        return _on_tensor_cores(*_prepared(q, k, v, q_pos, k_pos), scalars)
+    turns = [  # more than one only where heads are very wide, or keys stored in another type than values
+        _keys_then_values(*_prepared(q[:, t : t + few], k, v, q_pos[:, t : t + few], k_pos, alike=False), scalars)
+        for t in range(0, max(1, T), few)
+    ]
+    if len(turns) == 1:
+        return turns[0]
+    outs, lses = zip(*turns, strict=True)
+    return xp.concatenate(outs, axis=1), xp.concatenate(lses, axis=1)
 
 
 def backward(
@@ -88,16 +85,107 @@ def backward(
     return dq, dk, dv
 
 
-def _prepared(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array) -> tuple[Array, ...]:
-    """Contiguous arrays of the types in `TYPES`: keys and values alike, and queries in float32 beside bfloat16."""
+def _together(
+    q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array, scalars: Scalars
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
+    """Keys and values in one pass, maxima and sums of each part joined afterwards."""
+    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
+    at_once = 2 if T * (H // K) <= FEW_ROWS else 4  # rows that share what a thread has read
+    rows, items, tile = _of_a_block(q, K, k.itemsize, at_once)
+    blocks, tiles = -(-T * (H // K) // rows), -(-S // tile)
+    parts = _parts(tiles, blocks * B * K)
+    packs = -(-C * k.itemsize // 16)
+    shared = 4 * tile * 16 * (packs | 1) + rows * (packs * 16 + 8 + (tile + 3) * q.itemsize) + -(-tiles // parts)
+    xp, out, lse = xp_of(q), *_results(q)
+    sums, tops, totals = out, lse, None
+    if parts > 1:
+        sums, (tops, totals) = xp.empty((parts, *out.shape), q.dtype), xp.empty((2, parts, *lse.shape), q.dtype)
+    kernel, sizes = f"attention_rows<{c_type(q)}, {at_once}, {items}>", [T, S, H, K, C, rows, tile, _in_packs(k, v)]
+    arguments = [q, k, v, q_pos, k_pos, *scalars, sums, tops, totals, *sizes]
+    launch(KERNELS, kernel, (blocks, parts, B * K), THREADS, arguments, shared)
+    if parts > 1:
+        merge = f"attention_merge<{c_type(q)}>"
+        threads, joined = min(256, 32 * -(-C // 32)), [sums, tops, totals, out, lse, C, parts]
+        launch(KERNELS, merge, B * T * H, threads, joined, parts * q.itemsize)
+    return out, lse
+
+
+def _keys_then_values(
+    q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array, scalars: Scalars
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
+    """Few rows: scores, maxima and sums of each part; then its sums of values; then these are added up."""
+    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
+    rows, items, tile = _of_a_block(q, K, max(k.itemsize, v.itemsize), FEW_AT_ONCE)
+    blocks, tiles = -(-T * (H // K) // rows), -(-S // tile)
+    parts = _parts(tiles, blocks * B * K)
+    packs, v_packs, sights = -(-C * k.itemsize // 16), -(-C * v.itemsize // 16), -(-tiles // parts)
+    queries = packs * (16 // k.itemsize) * q.itemsize
+    xp, out, lse = xp_of(q), *_results(q)
+    scores = xp.empty((B * K, T * (H // K), S), q.dtype)
+    tops, totals = xp.empty((2, parts, *lse.shape), q.dtype)
+    sums = out if parts == 1 else xp.empty((parts, *out.shape), q.dtype)
+    grid, sizes = (blocks, parts, B * K), [T, S, H, K, C, rows, tile]
+    shared = STAGES * tile * 16 * (packs | 1) + rows * (queries + 8 + 4 * tile + 8) + sights
+    arguments = [q, k, q_pos, k_pos, *scalars, scores, tops, totals, *sizes, _in_packs(k)]
+    launch(KERNELS, f"attention_scores<{c_type(k)}>", grid, THREADS, arguments, shared)
+    tiles_or_sums = max(STAGES * tile * 16 * (v_packs | 1), items * THREADS * FEW_AT_ONCE * 4 * q.itemsize)
+    shared = tiles_or_sums + rows * (8 * tile + 8) + sights
+    arguments = [v, q_pos, k_pos, scalars[0], scores, tops, totals, sums, lse, *sizes, _in_packs(v)]
+    launch(KERNELS, f"attention_values<{items}>", grid, THREADS, arguments, shared)
+    if parts > 1:
+        _add(sums, out)
+    return out, lse
+
+
+def _on_tensor_cores(
+    q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array, scalars: Scalars
+) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
+    """Many rows: both passes in one launch, or in two where keys are dealt to several blocks."""
+    (B, T, H, C), (S, K) = q.shape, k.shape[1:3]
+    width = next(w for w in WIDTHS if w >= C)
+    blocks, tiles = -(-T * (H // K) // 64), -(-S // KEYS[width])
+    parts = _parts(tiles, blocks * B * K)
+    shared = 4 * KEYS[width] * 2 * (width + 8) + -(-tiles // parts)
+    xp, out, lse = xp_of(q), *_results(q)
+
+    def run(*results: Array | None) -> None:
+        arguments = [q, k, v, q_pos, k_pos, *scalars, *results, T, S, H, K, C, _in_packs(k, v)]
+        launch(KERNELS, f"attention_tiles<{width}, {KEYS[width]}>", (blocks, parts, B * K), THREADS, arguments, shared)
+
+    if parts == 1:
+        run(out, lse, None, None)
+    else:
+        sums, (tops, totals) = xp.empty((parts, *out.shape), q.dtype), xp.empty((2, parts, *lse.shape), q.dtype)
+        run(None, None, tops, totals)
+        run(sums, lse, tops, totals)
+        _add(sums, out)
+    return out, lse
+
+
+def _results(q: Array) -> tuple[Array, Array]:
+    """Room for out and lse."""
+    xp = xp_of(q)
+    return xp.empty(q.shape, q.dtype), xp.empty(q.shape[:3], q.dtype)
+
+
+def _add(sums: Array, out: Array) -> None:
+    launch(KERNELS, "attention_add", -(-out.size // THREADS), THREADS, [sums, out, out.size, len(sums)])
+
+
+def _prepared(
+    q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array, alike: bool = True
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Contiguous arrays of types that kernels are made for: queries in float32 beside bfloat16, keys `alike` values."""
     if is_bfloat16(k) or is_bfloat16(v):
         q = q.astype(np.float32, copy=False)
-    if k.dtype != v.dtype:
+    if not alike and not is_bfloat16(k):
+        k = k.astype(np.float32, copy=False)
+    if alike and k.dtype != v.dtype:
         q, k, v = (widen(rounded(q)) if is_bfloat16(k) else q), widen(k), widen(v)
     return contiguous(q), contiguous(k), contiguous(v), int64(q_pos), int64(k_pos)
 
 
-def _scalars(C: int, window: int | None, scale: float | None, cap: float | None) -> tuple[int, float, float]:
+def _scalars(C: int, window: int | None, scale: float | None, cap: float | None) -> Scalars:
     scale = C**-0.5 if scale is None else float(scale)
     return UNBOUNDED if window is None else int(window), scale, 0.0 if cap is None else float(cap)
 
@@ -107,28 +195,26 @@ def _in_packs(*arrays: Array) -> bool:
     return all(x.data.ptr % 16 == 0 and x.shape[-1] * x.itemsize % 16 == 0 for x in arrays)
 
 
-def _on_tensor_cores(C: int) -> tuple[str, int, int, int, list[int]]:
-    """Kernel, rows of a block, keys of a tile, bytes of shared memory, and sizes that the kernel must be told."""
-    width = next(w for w in WIDTHS if w >= C)
-    return f"attention_tiles<{width}, {KEYS[width]}>", 64, KEYS[width], 4 * KEYS[width] * 2 * (width + 8), []
+def _parts(tiles: int, blocks: int) -> int:
+    """To how many blocks the keys of each are dealt: from shapes alone, since a graph may be replayed."""
+    return max(1, min(tiles, -(-BLOCKS // max(1, blocks))))
 
 
-def _scalar(q: Array, k: Array) -> tuple[str, int, int, int, list[int]]:
-    """The same of the kernel without tensor cores, whose blocks have as many rows as their threads can hold sums of."""
-    (_, T, H, C), K = q.shape, k.shape[2]
-    columns, packs = -(-C // 4), -(-C * k.itemsize // 16)
-    at_once = 2 if T * (H // K) <= FEW_ROWS else 4  # rows that share what a thread has read
+def _of_a_block(q: Array, K: int, itemsize: int, at_once: int) -> tuple[int, int, int]:
+    """Without tensor cores: rows of a block, as many as its threads hold sums of; which of `ITEMS`; keys of a tile.
+
+    `itemsize` is that of keys and values; `at_once` rows share what a thread has read of them.
+    """
+    (_, T, H, C), columns = q.shape, -(-q.shape[3] // 4)
     groups = min(-(-T * (H // K) // at_once), 8, THREADS * max(ITEMS) // columns)
     if groups == 0:
         raise ValueError(
             f"heads of {C} numbers are wider than the {4 * THREADS * max(ITEMS)} that kernels are made for"
         )
     items = next(n for n in ITEMS if n * THREADS >= groups * columns)
-    rows, stride = at_once * groups, 16 * (packs | 1)
+    stride = 16 * (-(-C * itemsize // 16) | 1)
     tile = next(n for n in (64, 32, 16, 8, 4, 2, 1) if 4 * n * stride <= SHARED or n == 1)
-    width = packs * 16 // k.itemsize
-    shared = 4 * tile * stride + rows * (width * q.itemsize + 8 + (tile + 3) * q.itemsize)
-    return f"attention_rows<{c_type(q)}, {c_type(k)}, {at_once}, {items}>", rows, tile, shared, [rows, tile]
+    return at_once * groups, items, tile
 
 
 def _backward_tile(C: int, itemsize: int) -> tuple[int, int]:
@@ -144,10 +230,13 @@ def _backward_tile(C: int, itemsize: int) -> tuple[int, int]:
 WIDTHS = (32, 64, 128, 256)
 KEYS = {32: 64, 64: 64, 128: 64, 256: 32}  # of a tile: the registers of wide heads hold fewer scores
 ITEMS = (1, 2, 4)
-TYPES = ("float, float", "double, double", "float, bfloat16")
+REALS, TYPES = ("float", "double"), ("float, float", "double, double", "float, bfloat16")
 INSTANCES: tuple[Any, ...] = (
-    *(f"attention_rows<{types}, {rows}, {items}>" for types in TYPES for rows in (2, 4) for items in ITEMS),
+    *(f"attention_rows<{real}, {rows}, {items}>" for real in REALS for rows in (2, 4) for items in ITEMS),
+    *(f"attention_scores<{stored}>" for stored in ("float", "bfloat16")),
+    *(f"attention_values<{items}>" for items in ITEMS),
     *(f"attention_tiles<{width}, {KEYS[width]}>" for width in WIDTHS),
-    *(f"attention_merge<{real}>" for real in ("float", "double")),
+    *(f"attention_merge<{real}>" for real in REALS),
+    "attention_add",
     *(f"attention_backward_{name}<{types}>" for name in ("q", "kv") for types in TYPES),
 )

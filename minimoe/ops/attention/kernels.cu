@@ -1,14 +1,20 @@
-// Grouped-query attention in CUDA C++: scores are never kept, and every sum has one order.
+// Grouped-query attention in CUDA C++: scores are not kept, but few queries', and every sum has one order.
 //
 // The T·G queries of the G heads that share a key/value head kh are one list of rows, row r = head kh·G + r % G of token
 // r / G, so that a key or value that has been loaded serves all of them. A block takes some rows and goes through the keys
-// in tiles. With the running maximum m of a row's scores, its sums of exp(score - m) and of exp(score - m) · v are
-// multiplied by exp(old m - new m) whenever a tile raises m (Milakov and Gimelshein, arXiv 1805.02867; Dao et al.,
-// FlashAttention, arXiv 2205.14135), and divided at the end. Memory grows with T and S, not with T·S.
+// in tiles. Memory grows with T and S, not with T·S.
 //
-// attention_rows         few rows (decoding), and float or double: products by scalar code
-// attention_tiles        many rows of bfloat16: products on tensor cores
-// attention_merge        where the keys were dealt to several blocks: joins their parts
+// float and double: keys and values in one pass. With the running maximum m of a row's scores, its sums of exp(score - m)
+// and of exp(score - m) · v are multiplied by exp(old m - new m) whenever a tile raises m (Milakov and Gimelshein, arXiv
+// 1805.02867; Dao et al., FlashAttention, arXiv 2205.14135), and divided at the end.
+// bfloat16: the probability that is rounded before its product with v is exp(score - m) / sum, so maximum and sum must be
+// known before. Keys are passed for them; then the probabilities meet the values. Of few rows the scores are kept in
+// between (rows·S numbers are little beside S keys), and each key is read once; of many they are computed twice.
+//
+// attention_rows                       float, double
+// attention_scores, attention_values   bfloat16, few rows (decoding): products by scalar code
+// attention_tiles                      bfloat16, many rows: products on tensor cores
+// attention_merge, attention_add       where the keys were dealt to several blocks: join their parts
 // attention_backward_q, attention_backward_kv
 #include "../../kernels.cuh"
 
@@ -99,25 +105,63 @@ __device__ inline void copy_rows(unsigned char* to, const T* from, Index step, i
     }
 }
 
+// Of scores of a row: their maximum, and the sum of exp(score - maximum).
+template <class Real> struct Softmax {
+    Real top = -INFINITE, total = 0;
+
+    __device__ Real base() const { return top == -INFINITE ? Real(0) : top; } // nothing seen yet: exp(-inf) = 0, not NaN
+    // Let the maximum be `higher`; returns what sums that were made with the old one are to be multiplied by.
+    __device__ Real raise(Real higher) {
+        Real old = top;
+        top = higher;
+        Real factor = exponential(old - base());
+        total *= factor;
+        return factor;
+    }
+    // Join with those of other lanes: LANES side by side, a power of two. All get the same bits.
+    template <int LANES> __device__ void join() {
+        Real most = top;
+#pragma unroll
+        for (int step = LANES / 2; step > 0; step /= 2) most = max(most, __shfl_xor_sync(ALL_LANES, most, step));
+        raise(most);
+#pragma unroll
+        for (int step = LANES / 2; step > 0; step /= 2) total += __shfl_xor_sync(ALL_LANES, total, step);
+    }
+    // Of all scores of a row, LANES lanes sharing its parts, `step` apart from `at`.
+    template <int LANES> __device__ static Softmax of_parts(const Real* tops, const Real* totals, Index at, Index step,
+                                                            int parts) {
+        Softmax all;
+        for (int i = threadIdx.x % LANES; i < parts; i += LANES) {
+            Index part = at + i * step;
+            all.raise(max(all.top, tops[part]));
+            all.total += totals[part] * exponential(tops[part] - all.base());
+        }
+        all.template join<LANES>();
+        return all;
+    }
+    __device__ Real logarithm_of_sum() const { return top + logarithm(total); } // nothing seen: -inf + log 0
+    __device__ Real divided() const { return total == 0 ? Real(0) : 1 / total; }
+};
+
 __device__ inline void clear(unsigned char* bytes, int size) { // size: a multiple of 16
     for (int i = threadIdx.x; i < size / 16; i += blockDim.x) reinterpret_cast<Pack<unsigned>*>(bytes)[i] = {};
 }
 
-// ---- few rows, or float and double
+// ---- float and double
 
 // Block (x, y, b·K + kh) -> rows x·rows .. of the list, tiles y, y + gridDim.y, .. of the keys. Of a tile,
 //   thread -> scores of one key with ROWS rows:       lanes take keys side by side, and read all of a key
 //   warp   -> maximum, exp and sum of a row:          lanes take its keys
 //   thread -> ITEMS times: 4 columns of ROWS sums of p · v
 // Rows of k and v lie an odd number of 16 bytes apart, so that eight lanes that read 16 bytes of eight keys use all 32
-// banks. While a tile is worked on, the next is copied: 32 KB for C = 128 in bfloat16, three blocks to a multiprocessor.
+// banks. While a tile is worked on, the next is copied: 32 KB for C = 128 in float, three blocks to a multiprocessor.
 // Where gridDim.y > 1, out takes the sums, lse the maxima and totals the sums of exp, for attention_merge.
-template <class Real, class Stored, int ROWS, int ITEMS>
+template <class Real, int ROWS, int ITEMS>
 __global__ void __launch_bounds__(THREADS, 2)
-attention_rows(const Real* q, const Stored* k, const Stored* v, const Index* q_pos, const Index* k_pos, Index window,
+attention_rows(const Real* q, const Real* k, const Real* v, const Index* q_pos, const Index* k_pos, Index window,
                double scale, double cap, Real* out, Real* lse, Real* totals, Index T, Index S, Index H, Index K, Index C,
                Index rows, Index tile, Index packed) {
-    constexpr int PACK = Pack<Stored>::size, HALF = Pack<Real>::size; // PACK is HALF or 2 HALF
+    constexpr int PACK = Pack<Real>::size;
     Index G = H / K, b = blockIdx.z / K, kh = blockIdx.z % K, first_row = blockIdx.x * rows;
     int width = int(C), keys = int(tile), packs = (width + PACK - 1) / PACK, stride = 16 * (packs | 1);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -128,9 +172,8 @@ attention_rows(const Real* q, const Stored* k, const Stored* v, const Index* q_p
     Real* queries = reinterpret_cast<Real*>(tiles + 4 * keys * stride); // (rows, packs · PACK)
     Index* positions = reinterpret_cast<Index*>(queries + rows * packs * PACK);
     Real* scores = reinterpret_cast<Real*>(positions + rows); // (rows, keys)
-    Real* top = scores + rows * keys;
-    Real* total = top + rows;
-    Real* factor = total + rows;
+    Softmax<Real>* softmax = reinterpret_cast<Softmax<Real>*>(scores + rows * keys);
+    Real* factor = reinterpret_cast<Real*>(softmax + rows);
     unsigned char* sights = reinterpret_cast<unsigned char*>(factor + rows);
 
     int mine = look(sights, span, k_pos + b * S, tile, S, window);
@@ -138,12 +181,12 @@ attention_rows(const Real* q, const Stored* k, const Stored* v, const Index* q_p
     for (int i = threadIdx.x; i < rows * packs * PACK; i += THREADS) {
         int row = i / (packs * PACK), c = i % (packs * PACK);
         bool there = row < count && c < width;
-        queries[i] = there ? operand<Stored>(q[place(b, kh, first_row + row, T, H, G) * C + c]) : Real(0);
+        queries[i] = there ? q[place(b, kh, first_row + row, T, H, G) * C + c] : Real(0);
     }
     for (int row = threadIdx.x; row < rows; row += THREADS) {
         positions[row] = row < count ? q_pos[b * T + (first_row + row) / G] : -1;
-        top[row] = -INFINITE;
-        total[row] = factor[row] = 0;
+        softmax[row] = {};
+        factor[row] = 0;
     }
     __syncthreads();
 
@@ -177,15 +220,13 @@ attention_rows(const Real* q, const Stored* k, const Stored* v, const Index* q_p
             Index position = first + key < S ? k_pos[b * S + first + key] : -1;
             Real dot[ROWS] = {};
             for (int pack = 0; pack < packs; pack++) {
-                auto x = reinterpret_cast<const Pack<Stored>*>(k_tile + key * stride)[pack];
+                auto x = reinterpret_cast<const Pack<Real>*>(k_tile + key * stride)[pack];
 #pragma unroll
-                for (int m = 0; m < ROWS; m++)
+                for (int m = 0; m < ROWS; m++) {
+                    auto y = reinterpret_cast<const Pack<Real>*>(queries)[(row + m) * packs + pack];
 #pragma unroll
-                    for (int half = 0; half < PACK; half += HALF) {
-                        auto y = *reinterpret_cast<const Pack<Real>*>(queries + ((row + m) * packs + pack) * PACK + half);
-#pragma unroll
-                        for (int i = 0; i < HALF; i++) dot[m] += widen(x.at[half + i]) * y.at[i];
-                    }
+                    for (int i = 0; i < PACK; i++) dot[m] += x.at[i] * y.at[i];
+                }
             }
 #pragma unroll
             for (int m = 0; m < ROWS; m++) {
@@ -197,20 +238,18 @@ attention_rows(const Real* q, const Stored* k, const Stored* v, const Index* q_p
 
         for (int row = warp; row < count; row += THREADS / 32) {
             Real* line = scores + row * keys;
-            Real old = top[row], now = old, sum = 0;
-            for (int key = lane; key < keys; key += 32) now = max(now, line[key]);
-            now = warp_max(now);
-            Real base = now == -INFINITE ? Real(0) : now; // nothing seen yet: exp(-inf) = 0, not NaN
+            Softmax<Real> now = softmax[row];
+            Real most = now.top, sum = 0;
+            for (int key = lane; key < keys; key += 32) most = max(most, line[key]);
+            Real times = now.raise(warp_max(most));
             for (int key = lane; key < keys; key += 32) {
-                Real p = exponential(line[key] - base);
-                sum += p;
-                line[key] = operand<Stored>(p);
+                line[key] = exponential(line[key] - now.base());
+                sum += line[key];
             }
-            sum = warp_sum(sum);
+            now.total += warp_sum(sum);
             if (lane == 0) {
-                factor[row] = exponential(old - base);
-                total[row] = total[row] * factor[row] + sum;
-                top[row] = now;
+                softmax[row] = now;
+                factor[row] = times;
             }
         }
         __syncthreads();
@@ -226,11 +265,11 @@ attention_rows(const Real* q, const Stored* k, const Stored* v, const Index* q_p
                 for (int j = 0; j < 4; j++) sums[i][m][j] *= factor[row + m];
 #pragma unroll 4
             for (int key = 0; key < there; key++) {
-                auto x = reinterpret_cast<const Four<Stored>*>(v_tile + key * stride)[chunk];
+                auto x = reinterpret_cast<const Four<Real>*>(v_tile + key * stride)[chunk];
 #pragma unroll
                 for (int m = 0; m < ROWS; m++)
 #pragma unroll
-                    for (int j = 0; j < 4; j++) sums[i][m][j] += scores[(row + m) * keys + key] * widen(x.at[j]);
+                    for (int j = 0; j < 4; j++) sums[i][m][j] += scores[(row + m) * keys + key] * x.at[j];
             }
         }
         n = following;
@@ -241,8 +280,8 @@ attention_rows(const Real* q, const Stored* k, const Stored* v, const Index* q_p
     Index part = blockIdx.y * (gridDim.z / K) * T * H;
     for (int row = threadIdx.x; row < count; row += THREADS) {
         Index at = part + place(b, kh, first_row + row, T, H, G);
-        lse[at] = totals ? top[row] : top[row] + logarithm(total[row]); // nothing seen: -inf + log 0
-        if (totals) totals[at] = total[row];
+        lse[at] = totals ? softmax[row].top : softmax[row].logarithm_of_sum();
+        if (totals) totals[at] = softmax[row].total;
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
@@ -251,7 +290,7 @@ attention_rows(const Real* q, const Stored* k, const Stored* v, const Index* q_p
 #pragma unroll
         for (int m = 0; m < ROWS; m++) {
             if (row + m >= count) continue;
-            Real divisor = totals || total[row + m] == 0 ? Real(1) : total[row + m];
+            Real sum = softmax[row + m].total, divisor = totals || sum == 0 ? Real(1) : sum;
             Real* to = out + (part + place(b, kh, first_row + row + m, T, H, G)) * C;
 #pragma unroll
             for (int j = 0; j < 4; j++)
@@ -285,6 +324,220 @@ __global__ void attention_merge(const Real* sums, const Real* tops, const Real* 
     }
 }
 
+// Block n, thread -> number n·threads + its own of the B·T·H·C: the sum of its parts, in order.
+__global__ void attention_add(const float* sums, float* out, Index size, Index parts) {
+    Index at = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (at >= size) return;
+    float sum = 0;
+#pragma unroll 8
+    for (Index i = 0; i < parts; i++) sum += sums[i * size + at];
+    out[at] = sum;
+}
+
+// ---- few rows of bfloat16
+//
+// Both kernels: block (x, y, b·K + kh) -> rows x·rows .. of the list, tiles y, y + gridDim.y, .. of the keys or of the
+// values. One tile is worked on while the next three arrive: for C = 128 a block has 68 KB, 51 of them under way, and three
+// blocks share a multiprocessor. Scores lie in (b·K + kh, row, S) in between, which the second level of cache keeps: with
+// G = 4 and C = 128 they are a sixteenth of the keys' bytes. Of what no row of a block sees none is written or read.
+
+constexpr int STAGES = 4, FEW_AT_ONCE = 2; // rows that share what a thread has read
+
+// Go through tiles of keys or values, which arrive in a queue: `before(n, first key)` of the n-th that anything is seen of,
+// and, once it is there, and all threads have done that, `work(n, first key, its bytes)`.
+template <class T, class Before, class Work>
+__device__ inline void pass(unsigned char* tiles, const unsigned char* sights, int mine, const T* from, Index tile, Index S,
+                            Index step, int C, int stride, bool packed, Before before, Work work) {
+    int size = int(tile) * stride, begun = 0;
+    auto first = [&](int n) { return (blockIdx.y + Index(n) * gridDim.y) * tile; };
+    auto next = [&](int n) { // tile of which anything is seen
+        while (n < mine && sights[n] == NOTHING) n++;
+        return n;
+    };
+    auto begin = [&](int slot) { // to copy the next one; an empty group counts too
+        begun = next(begun);
+        if (begun < mine)
+            copy_rows(tiles + slot * size, from + first(begun) * step, step, int(min(tile, S - first(begun))), C, stride, packed);
+        copies_commit();
+        begun++;
+    };
+    for (int slot = 0; slot < STAGES - 1; slot++) begin(slot);
+    int n = 0;
+    for (int at = next(0); at < mine; at = next(at + 1)) {
+        before(n, first(at));
+        copies_wait<STAGES - 2>();
+        __syncthreads(); // the tile is there, and nobody reads the one before
+        begin((n + STAGES - 1) % STAGES);
+        work(n, first(at), tiles + n % STAGES * size);
+        n++;
+    }
+    copies_wait<0>();
+    __syncthreads();
+}
+
+// Thread -> scores of one key with FEW_AT_ONCE rows: lanes take keys side by side, and read all of a key.
+// Warp -> maximum and sum of a row: lanes take its keys.
+// Rows of k lie an odd number of 16 bytes apart, as in attention_rows.
+template <class Stored>
+__global__ void __launch_bounds__(THREADS, 2)
+attention_scores(const float* q, const Stored* k, const Index* q_pos, const Index* k_pos, Index window, double scale,
+                 double cap, float* scores, float* tops, float* totals, Index T, Index S, Index H, Index K, Index C,
+                 Index rows, Index tile, Index packed) {
+    constexpr int PACK = Pack<Stored>::size, HALF = Pack<float>::size; // PACK is HALF or 2 HALF
+    Index G = H / K, b = blockIdx.z / K, kh = blockIdx.z % K, first_row = blockIdx.x * rows;
+    int width = int(C), keys = int(tile), packs = (width + PACK - 1) / PACK, stride = 16 * (packs | 1);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int count = int(min(rows, T * G - first_row)), groups = (count + FEW_AT_ONCE - 1) / FEW_AT_ONCE;
+    Span span(q_pos + b * T, first_row, rows, G, T);
+
+    DYNAMIC_SHARED(unsigned char, tiles); // STAGES, each keys · stride bytes
+    float* queries = reinterpret_cast<float*>(tiles + STAGES * keys * stride); // (rows, packs · PACK)
+    Index* positions = reinterpret_cast<Index*>(queries + rows * packs * PACK);
+    float* lines = reinterpret_cast<float*>(positions + rows); // (rows, keys)
+    Softmax<float>* softmax = reinterpret_cast<Softmax<float>*>(lines + rows * keys);
+    unsigned char* sights = reinterpret_cast<unsigned char*>(softmax + rows);
+
+    int mine = look(sights, span, k_pos + b * S, tile, S, window);
+    if (!packed) clear(tiles, STAGES * keys * stride); // columns between C and the next whole pack
+    for (int i = threadIdx.x; i < rows * packs * PACK; i += THREADS) {
+        int row = i / (packs * PACK), c = i % (packs * PACK);
+        bool there = row < count && c < width;
+        queries[i] = there ? operand<Stored>(q[place(b, kh, first_row + row, T, H, G) * C + c]) : 0.0f;
+    }
+    for (int row = threadIdx.x; row < rows; row += THREADS) {
+        positions[row] = row < count ? q_pos[b * T + (first_row + row) / G] : -1;
+        softmax[row] = {};
+    }
+    __syncthreads();
+
+    float* kept = scores + (blockIdx.z * T * G + first_row) * S;
+    auto nothing = [](int, Index) {};
+    auto multiply = [&](int, Index first, const unsigned char* k_tile) {
+        for (int item = threadIdx.x; item < groups * keys; item += THREADS) {
+            int key = item % keys, row = item / keys * FEW_AT_ONCE;
+            Index position = first + key < S ? k_pos[b * S + first + key] : -1;
+            float dot[FEW_AT_ONCE] = {};
+            for (int pack = 0; pack < packs; pack++) {
+                auto x = reinterpret_cast<const Pack<Stored>*>(k_tile + key * stride)[pack];
+#pragma unroll
+                for (int m = 0; m < FEW_AT_ONCE; m++)
+#pragma unroll
+                    for (int half = 0; half < PACK; half += HALF) {
+                        auto y = *reinterpret_cast<const Pack<float>*>(queries + ((row + m) * packs + pack) * PACK + half);
+#pragma unroll
+                        for (int i = 0; i < HALF; i++) dot[m] += widen(x.at[half + i]) * y.at[i];
+                    }
+            }
+#pragma unroll
+            for (int m = 0; m < FEW_AT_ONCE; m++) {
+                float score = scaled(dot[m], float(scale), float(cap));
+                if (!sees(positions[row + m], position, window)) score = -INFINITE;
+                lines[(row + m) * keys + key] = score;
+                if (row + m < count && first + key < S) kept[(row + m) * S + first + key] = score;
+            }
+        }
+        __syncthreads();
+        for (int row = warp; row < count; row += THREADS / 32) {
+            const float* line = lines + row * keys;
+            Softmax<float> now = softmax[row];
+            float most = now.top, sum = 0;
+            for (int key = lane; key < keys; key += 32) most = max(most, line[key]);
+            now.raise(warp_max(most));
+            for (int key = lane; key < keys; key += 32) sum += exponential(line[key] - now.base());
+            now.total += warp_sum(sum);
+            if (lane == 0) softmax[row] = now;
+        }
+    };
+    pass(tiles, sights, mine, k + (b * S * K + kh) * C, tile, S, K * C, width, stride, packed, nothing, multiply);
+
+    for (int row = threadIdx.x; row < count; row += THREADS) {
+        Index at = blockIdx.y * (gridDim.z / K) * T * H + place(b, kh, first_row + row, T, H, G);
+        tops[at] = softmax[row].top;
+        totals[at] = softmax[row].total;
+    }
+}
+
+// Warp -> maximum and sum of a row, joined of all parts; thread -> p of a row and a key, before the tile is there;
+// thread -> ITEMS times: 4 columns of FEW_AT_ONCE sums of p · v. Where there are fewer such items than threads, threads form
+// slices, which take keys in turn. Where gridDim.y > 1, out takes the sums of each part, for attention_add.
+template <int ITEMS>
+__global__ void __launch_bounds__(THREADS, 2)
+attention_values(const bfloat16* v, const Index* q_pos, const Index* k_pos, Index window, const float* scores,
+                 const float* tops, const float* totals, float* out, float* lse, Index T, Index S, Index H, Index K, Index C,
+                 Index rows, Index tile, Index packed) {
+    constexpr int PACK = Pack<bfloat16>::size, OF_ITEM = FEW_AT_ONCE * 4;
+    Index G = H / K, b = blockIdx.z / K, kh = blockIdx.z % K, first_row = blockIdx.x * rows;
+    Index all_rows = gridDim.z / K * T * H;
+    int width = int(C), keys = int(tile), chunks = (width + 3) / 4, stride = 16 * ((width + PACK - 1) / PACK | 1);
+    int count = int(min(rows, T * G - first_row)), items = (count + FEW_AT_ONCE - 1) / FEW_AT_ONCE * chunks;
+    int slices = max(1, THREADS / items);
+    Span span(q_pos + b * T, first_row, rows, G, T);
+
+    DYNAMIC_SHARED(unsigned char, tiles); // STAGES, each keys · stride bytes; at the end ITEMS · THREADS · OF_ITEM sums
+    int size = max(STAGES * keys * stride, ITEMS * THREADS * OF_ITEM * int(sizeof(float)));
+    float* ps = reinterpret_cast<float*>(tiles + size); // of two tiles, (rows, keys)
+    Softmax<float>* softmax = reinterpret_cast<Softmax<float>*>(ps + 2 * rows * keys);
+    unsigned char* sights = reinterpret_cast<unsigned char*>(softmax + rows);
+
+    int mine = look(sights, span, k_pos + b * S, tile, S, window);
+    for (int row = threadIdx.x / 32; row < count; row += THREADS / 32) {
+        Index at = place(b, kh, first_row + row, T, H, G);
+        auto all = Softmax<float>::of_parts<32>(tops, totals, at, all_rows, int(gridDim.y));
+        if (threadIdx.x % 32 == 0) {
+            softmax[row] = all;
+            if (blockIdx.y == 0) lse[at] = all.logarithm_of_sum();
+        }
+    }
+    __syncthreads();
+
+    const float* kept = scores + (blockIdx.z * T * G + first_row) * S;
+    float sums[ITEMS][FEW_AT_ONCE][4] = {};
+    auto probabilities = [&](int n, Index first) {
+        for (int i = threadIdx.x; i < rows * keys; i += THREADS) {
+            int row = i / keys;
+            Index key = first + i % keys;
+            float p = row < count && key < S ? exponential(kept[row * S + key] - softmax[row].base()) : 0.0f;
+            ps[n % 2 * rows * keys + i] = row < count ? operand<bfloat16>(p * softmax[row].divided()) : 0.0f;
+        }
+    };
+    auto multiply = [&](int n, Index first, const unsigned char* v_tile) {
+        const float* p = ps + n % 2 * rows * keys;
+        int there = int(min(tile, S - first));
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            int place = threadIdx.x + i * THREADS, slice = place / items, item = place % items;
+            int chunk = item % chunks, row = item / chunks * FEW_AT_ONCE;
+            if (slice >= slices) continue;
+#pragma unroll 4
+            for (int key = slice; key < there; key += slices) {
+                auto x = reinterpret_cast<const Four<bfloat16>*>(v_tile + key * stride)[chunk];
+#pragma unroll
+                for (int m = 0; m < FEW_AT_ONCE; m++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) sums[i][m][j] += p[(row + m) * keys + key] * widen(x.at[j]);
+            }
+        }
+    };
+    pass(tiles, sights, mine, v + (b * S * K + kh) * C, tile, S, K * C, width, stride, packed, probabilities, multiply);
+
+    float* of_slices = reinterpret_cast<float*>(tiles);
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++)
+#pragma unroll
+        for (int m = 0; m < FEW_AT_ONCE; m++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                of_slices[(threadIdx.x + i * THREADS) * OF_ITEM + 4 * m + j] = sums[i][m][j];
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * width; i += THREADS) {
+        int row = i / width, c = i % width, item = row / FEW_AT_ONCE * chunks + c / 4;
+        float sum = 0;
+        for (int slice = 0; slice < slices; slice++)
+            sum += of_slices[(slice * items + item) * OF_ITEM + row % FEW_AT_ONCE * 4 + c % 4];
+        out[(blockIdx.y * all_rows + place(b, kh, first_row + row, T, H, G)) * C + c] = sum;
+    }
+}
+
 // ---- many rows of bfloat16
 
 // Block (x, y, b·K + kh) -> 64 rows of the list, tiles y, y + gridDim.y, .. of KEYS keys; the last rows, which see the most
@@ -292,11 +545,13 @@ __global__ void attention_merge(const Real* sums, const Real* tops, const Real* 
 // rows group and group + 8, columns 8 j + 2 pair and the next. A score's place in d is its place in a of the product with
 // v, so probabilities never leave their lane. WIDTH: C, filled up with zeros. Rows of k and v lie 16 bytes further apart
 // than they are long, so that the eight rows of an 8 × 8 tile are in eight different groups of four banks.
+// Where gridDim.y = 1, one launch does all, without tops and totals. Else one without out fills these, of every part, and
+// the next, with both, takes its sums, for attention_add.
 template <int WIDTH, int KEYS>
 __global__ void __launch_bounds__(THREADS, 2)
 attention_tiles(const float* q, const bfloat16* k, const bfloat16* v, const Index* q_pos, const Index* k_pos, Index window,
-                double scale, double cap, float* out, float* lse, float* totals, Index T, Index S, Index H, Index K, Index C,
-                Index packed) {
+                double scale, double cap, float* out, float* lse, float* tops, float* totals, Index T, Index S, Index H,
+                Index K, Index C, Index packed) {
     constexpr int ROW = WIDTH + 8, TILE = KEYS * ROW; // numbers
     Index G = H / K, b = blockIdx.z / K, kh = blockIdx.z % K, first_row = (gridDim.x - 1 - blockIdx.x) * 64;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, pair = lane % 4, width = int(C);
@@ -326,87 +581,107 @@ attention_tiles(const float* q, const bfloat16* k, const bfloat16* v, const Inde
     }
     __syncthreads();
 
-    auto begin = [&](int n, int buffer) { // to copy tile n
-        Index first = (blockIdx.y + Index(n) * gridDim.y) * KEYS, at = ((b * S + first) * K + kh) * C;
-        unsigned char* to = reinterpret_cast<unsigned char*>(tiles + 2 * buffer * TILE);
-        int there = int(min(Index(KEYS), S - first));
-        copy_rows(to, k + at, K * C, there, width, 2 * ROW, packed);
-        copy_rows(to + 2 * TILE, v + at, K * C, there, width, 2 * ROW, packed);
-        copies_commit();
-    };
     auto next = [&](int n) { // tile of which anything is seen
         while (n < mine && sights[n] == NOTHING) n++;
         return n;
     };
-
-    float sums[WIDTH / 8][4] = {}, top[2] = {-INFINITE, -INFINITE}, total[2] = {0, 0}; // total: of this lane's columns
-    int n = next(0), buffer = 0;
-    if (n < mine) begin(n, 0);
-    while (n < mine) {
-        copies_wait<0>();
-        __syncthreads(); // the tile is there, and nobody reads the one before
-        int following = next(n + 1);
-        if (following < mine) begin(following, 1 - buffer);
-        const bfloat16* k_tile = tiles + 2 * buffer * TILE;
-        const bfloat16* v_tile = k_tile + TILE;
-
-        // scores = q · kᵀ
-        float scores[KEYS / 8][4] = {};
+    auto go_through = [&](bool values, auto work) {
+        auto begin = [&](int n, int buffer) { // to copy tile n
+            Index first = (blockIdx.y + Index(n) * gridDim.y) * KEYS, at = ((b * S + first) * K + kh) * C;
+            unsigned char* to = reinterpret_cast<unsigned char*>(tiles + 2 * buffer * TILE);
+            int there = int(min(Index(KEYS), S - first));
+            copy_rows(to, k + at, K * C, there, width, 2 * ROW, packed);
+            if (values) copy_rows(to + 2 * TILE, v + at, K * C, there, width, 2 * ROW, packed);
+            copies_commit();
+        };
+        int n = next(0), buffer = 0;
+        if (n < mine) begin(n, 0);
+        while (n < mine) {
+            copies_wait<0>();
+            __syncthreads(); // the tile is there, and nobody reads the one before
+            int following = next(n + 1);
+            if (following < mine) begin(following, 1 - buffer);
+            work(n, tiles + 2 * buffer * TILE);
+            n = following;
+            buffer = 1 - buffer;
+        }
+        __syncthreads();
+    };
+    auto compute_scores = [&](float(&scores)[2][4], int n, int j, const bfloat16* k_tile) { // q · kᵀ of 16 keys
 #pragma unroll
-        for (int i = 0; i < WIDTH / 16; i++)
-#pragma unroll
-            for (int j = 0; j < KEYS / 16; j++) {
-                unsigned r[4];
-                load_tiles(r, k_tile + (16 * j + lane / 16 * 8 + lane % 8) * ROW + 16 * i + lane / 8 % 2 * 8);
-                const unsigned left[2] = {r[0], r[1]}, right[2] = {r[2], r[3]};
-                multiply_tile(scores[2 * j], a[i], left);
-                multiply_tile(scores[2 * j + 1], a[i], right);
-            }
-        float now[2] = {top[0], top[1]};
+        for (int i = 0; i < WIDTH / 16; i++) {
+            unsigned r[4];
+            load_tiles(r, k_tile + (16 * j + lane / 16 * 8 + lane % 8) * ROW + 16 * i + lane / 8 % 2 * 8);
+            const unsigned left[2] = {r[0], r[1]}, right[2] = {r[2], r[3]};
+            multiply_tile(scores[0], a[i], left);
+            multiply_tile(scores[1], a[i], right);
+        }
         bool masked = sights[n] == SOMETHING;
-        Index first = (blockIdx.y + Index(n) * gridDim.y) * KEYS + 2 * pair;
+        Index first = (blockIdx.y + Index(n) * gridDim.y) * KEYS + 16 * j + 2 * pair;
 #pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) scores[j][e] = scaled(scores[j][e], float(scale), float(cap));
-            if (masked)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    Index s = first + 8 * j + i, position = s < S ? k_pos[b * S + s] : -1;
-                    if (!sees(positions[0], position, window)) scores[j][i] = -INFINITE;
-                    if (!sees(positions[1], position, window)) scores[j][2 + i] = -INFINITE;
-                }
-#pragma unroll
-            for (int e = 0; e < 4; e++) now[e / 2] = max(now[e / 2], scores[j][e]);
+        for (int e = 0; e < 8; e++) {
+            float& score = scores[e / 4][e % 4];
+            score = scaled(score, float(scale), float(cap));
+            if (masked) {
+                Index s = first + 8 * (e / 4) + e % 2, position = s < S ? k_pos[b * S + s] : -1;
+                if (!sees(positions[e % 4 / 2], position, window)) score = -INFINITE;
+            }
         }
+    };
 
-        // p = exp(score - maximum), the maximum over the four lanes that share a row
+    Index all_rows = gridDim.z / K * T * H, part = blockIdx.y * all_rows;
+    Softmax<float> softmax[2]; // of the lane's two rows; while keys are passed, of its own columns
+    if (out && tops) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            now[half] = max(now[half], __shfl_xor_sync(ALL_LANES, now[half], 1));
-            now[half] = max(now[half], __shfl_xor_sync(ALL_LANES, now[half], 2));
-            float base = now[half] == -INFINITE ? 0.0f : now[half], factor = exponential(top[half] - base);
-            top[half] = now[half];
-            total[half] *= factor;
+        for (int half = 0; half < 2; half++)
+            softmax[half] = Softmax<float>::of_parts<4>(tops, totals, max(places[half], Index(0)), all_rows, int(gridDim.y));
+    } else {
+        go_through(false, [&](int n, const bfloat16* k_tile) {
+            float scores[KEYS / 16][2][4] = {};
 #pragma unroll
-            for (int i = 0; i < WIDTH / 8; i++)
+            for (int j = 0; j < KEYS / 16; j++) compute_scores(scores[j], n, j, k_tile);
 #pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++) sums[i][e] *= factor;
+            for (int half = 0; half < 2; half++) {
+                float most = softmax[half].top;
 #pragma unroll
-            for (int j = 0; j < KEYS / 8; j++)
+                for (int j = 0; j < KEYS / 16; j++)
 #pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; e++) {
-                    scores[j][e] = exponential(scores[j][e] - base);
-                    total[half] += scores[j][e];
-                }
-        }
+                    for (int e = 0; e < 4; e++) most = max(most, scores[j][e / 2][2 * half + e % 2]);
+                softmax[half].raise(most);
+#pragma unroll
+                for (int j = 0; j < KEYS / 16; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        softmax[half].total += exponential(scores[j][e / 2][2 * half + e % 2] - softmax[half].base());
+            }
+        });
+#pragma unroll
+        for (int half = 0; half < 2; half++) softmax[half].join<4>(); // that share a row
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (places[half] < 0 || pair != 0) continue;
+        if (!out) tops[part + places[half]] = softmax[half].top, totals[part + places[half]] = softmax[half].total;
+        else if (blockIdx.y == 0) lse[places[half]] = softmax[half].logarithm_of_sum();
+    }
+    if (!out) return;
 
-        // sums += p · v
-#pragma unroll
+    float sums[WIDTH / 8][4] = {}, base[2] = {softmax[0].base(), softmax[1].base()};
+    float factor[2] = {softmax[0].divided(), softmax[1].divided()};
+    go_through(true, [&](int n, const bfloat16* k_tile) {
+        const bfloat16* v_tile = k_tile + TILE;
+#pragma unroll 1 // the scores of 16 keys at a time are all that must be held: registers are scarce beside `a` and `sums`
         for (int j = 0; j < KEYS / 16; j++) {
-            const float(&low)[4] = scores[2 * j], (&high)[4] = scores[2 * j + 1];
-            const unsigned p[4] = {pack_pair(low[0], low[1]), pack_pair(low[2], low[3]), pack_pair(high[0], high[1]),
-                                   pack_pair(high[2], high[3])};
+            float scores[2][4] = {};
+            compute_scores(scores, n, j, k_tile);
+            unsigned p[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const float* two = &scores[e / 2][2 * (e % 2)];
+                p[e] = pack_pair(exponential(two[0] - base[e % 2]) * factor[e % 2],
+                                 exponential(two[1] - base[e % 2]) * factor[e % 2]);
+            }
+            // sums += p · v
 #pragma unroll
             for (int i = 0; i < WIDTH / 16; i++) {
                 unsigned r[4];
@@ -416,26 +691,17 @@ attention_tiles(const float* q, const bfloat16* k, const bfloat16* v, const Inde
                 multiply_tile(sums[2 * i + 1], p, right);
             }
         }
-        n = following;
-        buffer = 1 - buffer;
-    }
+    });
 
-    Index part = blockIdx.y * (gridDim.z / K) * T * H;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float sum = total[half];
-        sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-        sum += __shfl_xor_sync(ALL_LANES, sum, 2);
         if (places[half] < 0) continue;
-        Index at = part + places[half];
-        float divisor = totals || sum == 0 ? 1.0f : sum;
-        if (pair == 0) lse[at] = totals ? top[half] : top[half] + logarithm(sum);
-        if (pair == 0 && totals) totals[at] = sum;
+        Index at = (part + places[half]) * C;
 #pragma unroll
         for (int i = 0; i < WIDTH / 8; i++)
 #pragma unroll
             for (int e = 0; e < 2; e++)
-                if (8 * i + 2 * pair + e < width) out[at * C + 8 * i + 2 * pair + e] = sums[i][2 * half + e] / divisor;
+                if (8 * i + 2 * pair + e < width) out[at + 8 * i + 2 * pair + e] = sums[i][2 * half + e];
     }
 }
 
