@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import minimoe
-from minimoe import mixtral
+from minimoe import mixtral, placement
 from minimoe.arrays import BFLOAT16, numbers
-from minimoe.backends import make_backend
+from minimoe.backends import Backend, make_backend
+from minimoe.checkpoint.mapped import _mapping_of
 from minimoe.config import ModelConfig
 from minimoe.params import leaves, map_leaves, named
 from minimoe.placement import DeviceMemoryError
@@ -143,6 +144,35 @@ def test_experts_of_a_checkpoint_are_stacked_on_the_device(cupy, tmp_path):
     assert isinstance(w1, cupy.ndarray) and w1.shape == (4, 20, 24)
     np.testing.assert_array_equal(w1[2].get(), host.params.layers[0].feed_forward.w1[2])
     assert_close(there.forward(np.arange(6)), host.forward(np.arange(6)), 1e-5)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_weights_go_from_the_mapped_file_to_the_device_tensor_by_tensor_under_a_bar(cupy, tmp_path, monkeypatch, large):
+    """The host keeps no copy of what it hands over; memory is asked for first; the bar ends at what was asked for."""
+    host = minimoe.random(SMALL, seed=1, backend="numpy", dtype="bfloat16")
+    host.save(tmp_path / "model")
+    size, events = sum(w.nbytes for _, w in named(host.params)), []
+
+    class Bar(placement.tqdm):
+        def __init__(self, **settings):
+            events.append(("shown in a terminal", settings["disable"] is None))
+            super().__init__(**settings | {"disable": True})
+            assert self.total is None or self.total == size
+
+        def update(self, n):
+            events.append(("copied", n))
+
+    def asarray(ops, x):
+        assert _mapping_of(x) is not None
+        return ops.xp.asarray(x)
+
+    monkeypatch.setattr(placement, "_LARGE", size if large else size + 1)
+    monkeypatch.setattr(placement, "tqdm", Bar)
+    monkeypatch.setattr(placement, "require", lambda _, asked, what: events.append((what, asked)))
+    monkeypatch.setattr(Backend, "asarray", asarray)
+    there = minimoe.load(tmp_path / "model", backend="cuda")
+    assert events[:2] == [("the weights", size), ("shown in a terminal", large)]
+    assert sorted(n for _, n in events[2:]) == sorted(w.nbytes for _, w in named(there.params))
 
 
 def test_weights_larger_than_the_device_are_refused_before_anything_is_copied(cupy, monkeypatch):
