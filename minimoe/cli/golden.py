@@ -121,13 +121,14 @@ def _check(args: argparse.Namespace) -> int:
     if args.outputs is not None:
         profile = args.profile or "float32"
         found = verify.check_folder(
-            args.kit, args.outputs, profile, args.only, args.inference, args.allow_missing, args.expect_failure
-        )
+            args.kit, args.outputs, profile, args.only, args.inference, args.allow_missing, args.expect_failure,
+            args.mixtral,
+        )  # fmt: skip
     else:
         adapter = load(args.adapter) if args.adapter is not None else OurBackend(make_backend(args.backend))
         adapter.profile = args.profile or adapter.profile
         found = report.check_adapter(
-            adapter, args.kit, args.only, args.inference, _progress, args.expect_failure, args.timeout
+            adapter, args.kit, args.only, args.inference, _progress, args.expect_failure, args.timeout, args.mixtral
         )
     return _show(args, found)
 
@@ -138,7 +139,7 @@ def _run(args: argparse.Namespace) -> int:
     program = args.program[1:] if args.program[:1] == ["--"] else args.program
     found = external.check_program(
         program, args.kit, args.profile, args.only, args.inference, args.allow_missing, args.timeout, _progress,
-        args.expect_failure,
+        args.expect_failure, args.mixtral,
     )  # fmt: skip
     return _show(args, found)
 

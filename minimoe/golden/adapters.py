@@ -31,6 +31,7 @@ from minimoe.backends import Backend, make_backend
 from minimoe.checkpoint import load_params
 from minimoe.golden import calls
 from minimoe.golden.calls import CALLS, Arrays, GoldenModel
+from minimoe.golden.cases.draw import GROK
 from minimoe.golden.profiles import PROFILES, Profile
 from minimoe.golden.verify import Case
 from minimoe.params import map_leaves
@@ -54,10 +55,12 @@ class Adapter:
     profile : the numeric profile to be held to; see `profiles`
     forces_routing : whether methods take `inputs["ids"]` where the table offers it, and route by it. If so, the golden
         choices can be imposed, which tells a wrong router from what follows a different choice.
+    grok : whether methods obey the optional settings and the configs of Grok-1; if not, its cases are skipped
     """
 
     profile = "float32"
     forces_routing = False
+    grok = False
 
     def __init_subclass__(cls, **settings: Any) -> None:
         """Refuse a method that is nearly a call's name: it would silently never be called."""
@@ -95,6 +98,8 @@ class Adapter:
         method = getattr(self, case.call.replace(".", "_"), None)
         if method is None:
             raise NotOffered(f"{type(self).__name__} has no method {case.call.replace('.', '_')}")
+        if GROK in case.tags and not self.grok:
+            raise NotOffered(f"{type(self).__name__} does not do what Grok-1 does otherwise (grok is False)")
         inputs = {name: np.array(x) for name, x in case.inputs.items()}
         if ids is not None:
             self.check_forcing(case)

@@ -12,7 +12,7 @@ between has a place in the contract. Outputs stand in execution order, so the fi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +56,7 @@ class Call:
     level : "op", "block", "model" or "training"
     says : one line
     inputs, settings, outputs : arrays, JSON values, arrays
+    optional : settings that a case has only where it does something otherwise than Mixtral, as Grok-1 does
     compute : compute(ops, model, **inputs, **settings) -> {name: array}; `model` is (config, params), or None for ops
     """
 
@@ -66,6 +67,7 @@ class Call:
     settings: tuple[str, ...]
     outputs: tuple[Tensor, ...]
     compute: Callable[..., Arrays]
+    optional: tuple[str, ...] = ()
 
     @property
     def gradient(self) -> bool:
@@ -153,19 +155,20 @@ def _rope_backward(ops: Backend, _: Any, dy: Array, positions: Array, theta: flo
 
 
 def _attention(
-    ops: Backend, _: Any, q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array, window: int | None
-) -> Arrays:
-    inner = ops.attention.explain(q, k, q_pos, k_pos, window)
-    return {**inner, "out": ops.attention.forward(q, k, v, q_pos, k_pos, window)[0]}
+    ops: Backend, _: Any, q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array, window: int | None,
+    scale: float | None = None, cap: float | None = None,
+) -> Arrays:  # fmt: skip
+    inner = ops.attention.explain(q, k, q_pos, k_pos, window, scale, cap)
+    return {**inner, "out": ops.attention.forward(q, k, v, q_pos, k_pos, window, scale, cap)[0]}
 
 
 def _attention_backward(
-    ops: Backend, _: Any, q: Array, k: Array, v: Array, dout: Array, q_pos: Array, k_pos: Array, window: int | None
-) -> Arrays:
-    out, lse = ops.attention.forward(q, k, v, q_pos, k_pos, window)
-    return dict(
-        zip(("dq", "dk", "dv"), ops.attention.backward(dout, q, k, v, q_pos, k_pos, window, out, lse), strict=True)
-    )
+    ops: Backend, _: Any, q: Array, k: Array, v: Array, dout: Array, q_pos: Array, k_pos: Array, window: int | None,
+    scale: float | None = None, cap: float | None = None,
+) -> Arrays:  # fmt: skip
+    out, lse = ops.attention.forward(q, k, v, q_pos, k_pos, window, scale, cap)
+    grads = ops.attention.backward(dout, q, k, v, q_pos, k_pos, window, out, lse, scale, cap)
+    return dict(zip(("dq", "dk", "dv"), grads, strict=True))
 
 
 def _kv_cache(
@@ -178,30 +181,40 @@ def _kv_cache(
 
 
 def _gating(
-    ops: Backend, _: Any, x: Array, gate: Array, k: int, active: Array | None = None, ids: Array | None = None
-) -> Arrays:
-    return dict(zip(("logits", "ids", "weights"), ops.gating.forward(x, gate, k, active, None, ids), strict=True))
+    ops: Backend, _: Any, x: Array, gate: Array, k: int, active: Array | None = None, ids: Array | None = None,
+    renormalise: bool = True, disabled: Sequence[int] = (),
+) -> Arrays:  # fmt: skip
+    allowed = None
+    if disabled:
+        allowed = ops.asarray(~np.isin(np.arange(gate.shape[0]), disabled))
+    found = ops.gating.forward(x, gate, k, active, allowed, ids, renormalise)
+    return dict(zip(("logits", "ids", "weights"), found, strict=True))
 
 
 def _gating_backward(
-    ops: Backend, _: Any, x: Array, gate: Array, ids: Array, dweights: Array, dlogits: Array | None = None
-) -> Arrays:
-    _logits, _ids, weights = ops.gating.forward(x, gate, ids.shape[1], None, None, ids)
-    dx, dgate = ops.gating.backward(dweights, dlogits, x, gate, ids, weights)
+    ops: Backend, _: Any, x: Array, gate: Array, ids: Array, dweights: Array, dlogits: Array | None = None,
+    renormalise: bool = True,
+) -> Arrays:  # fmt: skip
+    logits, _ids, weights = ops.gating.forward(x, gate, ids.shape[1], None, None, ids, renormalise)
+    dx, dgate = ops.gating.backward(dweights, dlogits, x, gate, ids, weights, None if renormalise else logits)
     return {"dx": dx, "dgate": dgate}
 
 
-def _experts(ops: Backend, _: Any, x: Array, w1: Array, w2: Array, w3: Array, ids: Array, weights: Array) -> Arrays:
-    inner = ops.experts.explain(x, w1, w2, w3, ids, weights)
-    return {**inner, "out": ops.experts.forward(x, w1, w2, w3, ids, weights)[0]}
+def _experts(
+    ops: Backend, _: Any, x: Array, w1: Array, w2: Array, w3: Array, ids: Array, weights: Array,
+    activation: str = "silu",
+) -> Arrays:  # fmt: skip
+    inner = ops.experts.explain(x, w1, w2, w3, ids, weights, activation)
+    return {**inner, "out": ops.experts.forward(x, w1, w2, w3, ids, weights, False, activation)[0]}
 
 
 def _experts_backward(
-    ops: Backend, _: Any, x: Array, w1: Array, w2: Array, w3: Array, ids: Array, weights: Array, dout: Array
-) -> Arrays:
-    _out, saved = ops.experts.forward(x, w1, w2, w3, ids, weights, True)
+    ops: Backend, _: Any, x: Array, w1: Array, w2: Array, w3: Array, ids: Array, weights: Array, dout: Array,
+    activation: str = "silu",
+) -> Arrays:  # fmt: skip
+    _out, saved = ops.experts.forward(x, w1, w2, w3, ids, weights, True, activation)
     assert saved is not None
-    grads = ops.experts.backward(dout, x, w1, w2, w3, weights, saved)
+    grads = ops.experts.backward(dout, x, w1, w2, w3, weights, saved, activation)
     return dict(zip(("dx", "dw1", "dw2", "dw3", "dweights"), grads, strict=True))
 
 
@@ -244,7 +257,9 @@ def _block(
 ) -> Arrays:  # fmt: skip
     """One block is a model of one layer whose embedding table holds the states: the trace names all of its inside."""
     (B, T, D), params = x.shape, model.params
-    config = model.config.replace(num_layers=1, vocab_size=B * T, tie_embeddings=True, bos_id=None, eos_id=None)
+    config = model.config.replace(
+        num_layers=1, vocab_size=B * T, tie_embeddings=True, embedding_multiplier=1.0, bos_id=None, eos_id=None
+    )
     alone = Params(x.reshape(B * T, D), [params.layers[layer]], params.norm, None)
     rows = np.arange(B * T).reshape(B, T)
     inputs = mixtral.check_inputs(rows, B * T, to_host(mask), to_host(positions))
@@ -393,26 +408,27 @@ _TABLE = [
          (_f("dx", "N H C"),), _rope_backward),
     Call("attention", "op", "key s is visible iff k_pos[s] >= 0 and 0 <= q_pos[t] - k_pos[s] < window; scale 1/√C",
          (*_QKV, *_POS), ("window",),
-         (_f("scores", "B H T S", True), _f("probs", "B H T S", True), _f("out", "B T H C")), _attention),
+         (_f("scores", "B H T S", True), _f("probs", "B H T S", True), _f("out", "B T H C")), _attention,
+         ("scale", "cap")),
     Call("attention.backward", "op", "gradients of q, k and v", (*_QKV, _f("dout", "B T H C"), *_POS), ("window",),
-         (_f("dq", "B T H C"), _f("dk", "B S K C"), _f("dv", "B S K C")), _attention_backward),
+         (_f("dq", "B T H C"), _f("dk", "B S K C"), _f("dv", "B S K C")), _attention_backward, ("scale", "cap")),
     Call("kv_cache", "op", "write position p to slot p mod R; padding (position -1) is not written",
          (_w("k_cache", "B R K C"), _w("v_cache", "B R K C"), _i("cache_positions", "B R"), _w("k", "B T K C"),
           _w("v", "B T K C"), _i("positions", "B T")), (),
          (_i("k_cache", "B R K C"), _i("v_cache", "B R K C"), _i("cache_positions", "B R")), _kv_cache),
     Call("gating", "op", "top-k of x · gateᵀ, ties to the lower id; softmax over the chosen; `ids` given: forced",
          (_f("x", "N D"), _w("gate", "E D"), _i("active", "N", True), _i("ids", "N k", True)), ("k",),
-         (_f("logits", "N E"), _i("ids", "N k"), _f("weights", "N k")), _gating),
+         (_f("logits", "N E"), _i("ids", "N k"), _f("weights", "N k")), _gating, ("renormalise", "disabled")),
     Call("gating.backward", "op", "gradients of x and gate for the choice `ids`; dlogits comes from the balance loss",
          (_f("x", "N D"), _w("gate", "E D"), _i("ids", "N k"), _f("dweights", "N k"), _f("dlogits", "N E", True)), (),
-         (_f("dx", "N D"), _f("dgate", "E D")), _gating_backward),
+         (_f("dx", "N D"), _f("dgate", "E D")), _gating_backward, ("renormalise",)),
     Call("experts", "op", "out = Σ over slots of weight · w2·(silu(w1·x) ⊙ w3·x); ids -1: not routed",
          (_f("x", "N D"), *_EXPERTS), (),
-         (_f("hidden", "N k F", True), _f("slots", "N k D", True), _f("out", "N D")), _experts),
+         (_f("hidden", "N k F", True), _f("slots", "N k D", True), _f("out", "N D")), _experts, ("activation",)),
     Call("experts.backward", "op", "gradients of x, of every expert's weights, and of the gate weights",
          (_f("x", "N D"), *_EXPERTS, _f("dout", "N D")), (),
          (_f("dx", "N D"), _f("dw1", "E F D"), _f("dw2", "E D F"), _f("dw3", "E F D"), _f("dweights", "N k")),
-         _experts_backward),
+         _experts_backward, ("activation",)),
     Call("cross_entropy", "op", "losses[n] = logsumexp(logits[n]) - logits[n, targets[n]] in nats, 0 where the target "
          "is -1; loss is the mean over the others", (_f("logits", "N V"), _i("targets", "N")), (),
          (_f("losses", "N", True), _f("loss", "")), _cross_entropy),

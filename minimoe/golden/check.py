@@ -144,12 +144,14 @@ def _outputs(case: Case, function: Any, profile: str) -> Arrays:
 def _arguments(case: Case, function: Any, values: dict[str, Any], dtype: Any) -> tuple[list[Any], dict[str, Any]]:
     """Return positional and keyword arguments for one case; NotOffered where the function has no room for one."""
     call = CALLS[case.call]
-    order = [*(tensor.name for tensor in call.inputs), *call.settings]
+    order = [*(tensor.name for tensor in call.inputs), *call.settings, *call.optional]
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a builtin
         parameters = [inspect.Parameter("values", inspect.Parameter.VAR_POSITIONAL)]
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        if more := [name for name in call.optional if name in values]:
+            raise NotOffered(f"your function does not name {' and '.join(more)}")
         return [values[name] for name in order if name in values], {}
     names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     free = {p.name for p in parameters if p.default is not p.empty}
@@ -158,7 +160,7 @@ def _arguments(case: Case, function: Any, values: dict[str, Any], dtype: Any) ->
         return _by_position(call, [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY], order, values), {}
     if len(names) < len(parameters):  # **others
         names += [name for name in values if name not in names]
-    optional = {tensor.name for tensor in call.inputs if tensor.optional}
+    optional = {*(tensor.name for tensor in call.inputs if tensor.optional), *call.optional}
     if lacking := [name for name in values if name not in names and name not in optional]:
         raise ValueError(f"the function takes no {' and no '.join(lacking)}; {call.name} has {', '.join(order)}")
     if more := [name for name in values if name not in names]:
@@ -170,8 +172,11 @@ def _arguments(case: Case, function: Any, values: dict[str, Any], dtype: Any) ->
 def _by_position(call: Call, places: list[str], order: list[str], values: dict[str, Any]) -> list[Any]:
     """The function has names of its own: give it what the case has, or everything, with None for what it has not."""
     present = [name for name in order if name in values]
-    layout = order if len(places) >= len(order) else present
-    if len(places) < len(layout) and (more := [t.name for t in call.inputs if t.optional and t.name in values]):
+    usual = order[: len(order) - len(call.optional)]
+    layout = next((names for names in (order, usual) if len(places) >= len(names)), present)
+    optional = [*(tensor.name for tensor in call.inputs if tensor.optional), *call.optional]
+    short = len(places) < len(layout)
+    if more := [name for name in optional if name in values and (short or name not in layout)]:
         raise NotOffered(f"your function has no place for {' and '.join(more)}")
     swapped = any(place != name and place in order for place, name in zip(places, layout, strict=False))
     if swapped or len(places) != len(layout):

@@ -42,6 +42,7 @@ def check_program(
     timeout: float = 600.0,
     progress: Callable[[Sequence[Case]], Iterable[Case]] = lambda cases: cases,
     expected: Sequence[str] = (),
+    mixtral: bool = False,
 ) -> Report:
     """Run a program on the inputs of a kit, and compare what it writes: also if it fails, or must be stopped.
 
@@ -62,7 +63,7 @@ def check_program(
     if not command or not any("{outputs}" in word for word in command):
         raise ProgramError("the command must say where outputs go: minimoe golden run -- PROGRAM {inputs} {outputs}")
     manifest, cases = verify.read_kit(kit)
-    chosen = verify.select(cases, profile, only, inference)
+    chosen = verify.select(cases, profile, only, inference, mixtral)
     must_fail = verify.expected_failures(expected, chosen)
     problems: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="minimoe-golden-", ignore_cleanup_errors=True) as scratch:

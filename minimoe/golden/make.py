@@ -29,6 +29,7 @@ from minimoe.config import ModelConfig
 from minimoe.golden import bounds, outputs, verify
 from minimoe.golden.calls import CALLS, GoldenModel, cast, run
 from minimoe.golden.cases import MODELS, Spec, specs, weights
+from minimoe.golden.cases.draw import GROK
 from minimoe.golden.profiles import PROFILES
 from minimoe.params import Params, map_leaves
 from minimoe.shapes import Array
@@ -113,6 +114,11 @@ def described(config: ModelConfig) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if name not in BEYOND_MIXTRAL or value != default}
 
 
+def is_mixtral(config: ModelConfig) -> bool:
+    """Whether a config does nothing otherwise than Mixtral (or Mistral), as Grok-1 does."""
+    return not set(BEYOND_MIXTRAL) & set(described(config))
+
+
 def manifest(built: Iterable[Built], old: Mapping[str, Limits]) -> dict[str, Any]:
     """Return the manifest: everything about the kit that is no tensor. `old` holds bounds that need not be made."""
     return {
@@ -162,6 +168,8 @@ def _output(case: Built, name: str, limits: Limits) -> dict[str, Any]:
         forced = "ids" in case.inputs
         margin = outputs.smallest_lead(case.truth[link["logits"]], x)
         entry["routing"] = {**link, "forced": forced, "margin": None if forced else margin}
+        if GROK in case.spec.tags:
+            entry["routing"]["renormalised"] = False
     return entry
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from minimoe import schedule
 from minimoe.checkpoint.formats import hf_name
+from minimoe.checkpoint.layouts import GROK
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,28 @@ class Parameter:
     ----------
     ours, letters : its name here (and in `grads.*`, `updated.*`), its shape
     memory : where transformers 5 keeps it once a Mixtral is loaded; None as on disk
+    only : "mixtral" or "grok" where one alone has it: neither Mixtral nor Mistral norms twice, no Grok-1 is dense
     """
 
     ours: str
     letters: str
     memory: str | None = None
+    only: str = ""
 
     @property
     def hugging_face(self) -> str:
-        """Its name in model.safetensors."""
-        marked = self.ours.replace(".N.", ".0.").replace(".M.", ".1.")
-        return hf_name(marked).replace("layers.0.", "layers.N.").replace("experts.1.", "experts.M.")
+        """Its name in model.safetensors of Mixtral or Mistral."""
+        return "" if self.only == "grok" else _unnumbered(hf_name(_numbered(self.ours)))
+
+    @property
+    def grok(self) -> str:
+        """Its name in the files of Grok-1's port to Hugging Face."""
+        return "" if self.only == "mixtral" else _unnumbered(GROK.name_of(_numbered(self.ours)))
 
     @property
     def mistral(self) -> str:
         """Its name in Mistral's consolidated.safetensors."""
-        return self.ours + ".weight"
+        return "" if self.only == "grok" else self.ours + ".weight"
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,14 @@ class Intermediate:
         return letters(self.ours)
 
 
+def _numbered(name: str) -> str:
+    return name.replace(".N.", ".0.").replace(".M.", ".1.")
+
+
+def _unnumbered(name: str) -> str:
+    return name.replace("layers.0.", "layers.N.").replace("experts.1.", "experts.M.")
+
+
 PARAMETERS = (
     Parameter("tok_embeddings", "V D"),
     Parameter("layers.N.attention_norm", "D"),
@@ -67,19 +82,22 @@ PARAMETERS = (
     Parameter("layers.N.attention.wk", "K·C D"),
     Parameter("layers.N.attention.wv", "K·C D"),
     Parameter("layers.N.attention.wo", "D H·C"),
+    Parameter("layers.N.attention_post_norm", "D", only="grok"),
     Parameter("layers.N.ffn_norm", "D"),
     Parameter("layers.N.feed_forward.gate", "E D", "model.layers.N.mlp.gate.weight"),
     Parameter("layers.N.feed_forward.experts.M.w1", "F D", "model.layers.N.mlp.experts.gate_up_proj[M, :F]"),
     Parameter("layers.N.feed_forward.experts.M.w2", "D F", "model.layers.N.mlp.experts.down_proj[M]"),
     Parameter("layers.N.feed_forward.experts.M.w3", "F D", "model.layers.N.mlp.experts.gate_up_proj[M, F:]"),
-    Parameter("layers.N.feed_forward.w1", "F D"),
-    Parameter("layers.N.feed_forward.w2", "D F"),
-    Parameter("layers.N.feed_forward.w3", "F D"),
+    Parameter("layers.N.feed_forward.w1", "F D", only="mixtral"),
+    Parameter("layers.N.feed_forward.w2", "D F", only="mixtral"),
+    Parameter("layers.N.feed_forward.w3", "F D", only="mixtral"),
+    Parameter("layers.N.ffn_post_norm", "D", only="grok"),
     Parameter("norm", "D"),
     Parameter("output", "V D"),
 )
 _LAYER, _ATTENTION, _MLP = "model.layers.N", "model.layers.N.self_attn", "model.layers.N.mlp"
 _FFN = "layers.N.feed_forward"
+_NONE = "none: Grok-1 has it"
 INTERMEDIATES = (
     Intermediate("tok_embeddings", "output of `model.embed_tokens`", "output of `tok_embeddings`"),
     Intermediate(
@@ -116,6 +134,7 @@ INTERMEDIATES = (
     Intermediate(
         "layers.N.attention.out", f"output of `{_ATTENTION}.o_proj`", "output of `layers.N.attention.wo`"
     ),
+    Intermediate("layers.N.attention_post_norm", _NONE, _NONE),
     Intermediate(
         "layers.N.attention_residual", f"input of `{_LAYER}.post_attention_layernorm`",
         "input of `layers.N.ffn_norm`",
@@ -140,6 +159,7 @@ INTERMEDIATES = (
         "layers.N.experts.out", f"output of `{_MLP}`",
         f"result of `{_FFN}.forward`, called past its hooks: output of `layers.N` − input of `layers.N.ffn_norm`",
     ),
+    Intermediate("layers.N.ffn_post_norm", _NONE, _NONE),
     Intermediate("layers.N.out", f"output of `{_LAYER}`", "output of `layers.N`"),
     Intermediate("norm", "output of `model.norm`", "output of `norm`"),
     Intermediate("logits", "output of `lm_head`", "output of `output`"),
@@ -167,11 +187,11 @@ def tables() -> str:
 
 
 def _parameters() -> str:
-    head = ("parameter", "shape", "Hugging Face, on disk", "transformers 5, in memory", "Mistral")
+    head = ("parameter", "shape", "Hugging Face, on disk", "transformers 5, in memory", "Mistral", "Grok-1's port")
     rows = []
     for p in PARAMETERS:
-        memory = "as on disk" if p.memory is None else _code(p.memory)
-        rows.append((_code(p.ours), p.letters, _code(p.hugging_face), memory, _code(p.mistral)))
+        memory = _code(p.memory or "") if p.memory or p.only == "grok" else "as on disk"
+        rows.append((_code(p.ours), p.letters, _code(p.hugging_face), memory, _code(p.mistral), _code(p.grok)))
     return markdown(head, rows)
 
 
@@ -186,4 +206,4 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _code(name: str) -> str:
-    return f"`{name}`"
+    return f"`{name}`" if name else "–"

@@ -28,12 +28,12 @@ import numpy as np
 
 from minimoe.shapes import Array
 
-LIBRARY = 2.0  # unit roundoffs that exp, log, sin, cos and powers may be off by: one unit in the last place
+LIBRARY = 2.0  # unit roundoffs that exp, log, sin, cos, tanh and powers may be off by: one unit in the last place
 FULL = 1 << 16  # products of one matrix product up to which every one gets its own noise
 BLOCKS = 16  # of a longer reduction
 PIECE = 1 << 22  # numbers of a large right-hand matrix taken at a time
 _EXACT = {np.negative, np.positive, np.absolute, np.maximum, np.minimum, np.sign}
-_LIBRARY = {np.exp, np.log, np.sin, np.cos, np.power, np.float_power}
+_LIBRARY = {np.exp, np.log, np.sin, np.cos, np.tanh, np.power, np.float_power}
 
 
 class Noise:

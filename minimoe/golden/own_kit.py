@@ -22,7 +22,7 @@ import numpy as np
 from minimoe import checkpoint, schedule
 from minimoe.config import ModelConfig
 from minimoe.golden import bounds, exact, make, outputs, verify
-from minimoe.golden.cases.draw import Spec
+from minimoe.golden.cases.draw import GROK, Spec
 from minimoe.golden.profiles import PROFILES
 from minimoe.golden.verify.words import similar
 
@@ -146,14 +146,15 @@ def make_kit(out: str | Path, wish: Wish, kept: Kept, progress: Callable[[], Non
 
 def _cases(wish: Wish, tokens: np.ndarray, truth: dict[str, np.ndarray]) -> list[make.Built]:
     inputs, model, profiles = {"tokens": tokens}, str(wish.folder), tuple(wish.profiles)
+    tags = () if make.is_mixtral(checkpoint.read_config(wish.folder)) else (GROK,)
     why = f"{wish.folder} on {wish.says}: what was kept of its intermediates, in execution order."
-    built = [make.Built(Spec("model/own", why, inputs, model=model, profiles=profiles), inputs, truth)]
+    built = [make.Built(Spec("model/own", why, inputs, {}, model, tags, profiles), inputs, truth)]
     T = tokens.size
     if "logits" in truth and T > 1:
         single = min(4, T // 2)
         settings = {"chunks": [T - single] + [1] * single, "max_length": T}
         why = f"The same tokens fed through a key/value cache: {T - single} at once, then one by one."
-        spec = Spec("model.chunks/own", why, inputs, settings, model, profiles=profiles)
+        spec = Spec("model.chunks/own", why, inputs, settings, model, tags, profiles)
         same = {name: x for name, x in truth.items() if name == "logits" or outputs.inside(name) in _ROUTING}
         built.append(make.Built(spec, inputs, same))
     return built

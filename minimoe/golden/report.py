@@ -56,6 +56,7 @@ def check_adapter(
     progress: Callable[[Sequence[Case]], Iterable[Case]] = lambda cases: cases,
     expected: Sequence[str] = (),
     timeout: float = 0.0,
+    mixtral: bool = False,
 ) -> Report:
     """Hold an adapter against a kit, in its own profile; what it does not offer is no failure.
 
@@ -68,7 +69,7 @@ def check_adapter(
     timeout : seconds for one case (see `adapters.time_limit`); 0: no limit
     """
     _, cases = verify.read_kit(kit)
-    chosen = verify.select(cases, adapter.profile, only, inference)
+    chosen = verify.select(cases, adapter.profile, only, inference, mixtral)
     must_fail = verify.expected_failures(expected, chosen) | dict(getattr(adapter, "deviations", {}))
 
     def load(case: Case) -> Mapping[str, Any] | None:

@@ -27,7 +27,12 @@ SETTINGS = {
     "beta1": "share of the old first moment that is kept",
     "beta2": "share of the old second moment that is kept",
     "weight_decay": "of `adamw`'s weight; in `training` of matrices only, not of norms",
-    "scale": "what the gradient is multiplied by first: clipping sets it",
+    "scale": "in `adamw`: what the gradient is multiplied by first: clipping sets it; in `attention`: what q · k is "
+    "multiplied by, without it 1/√C",
+    "cap": "scores are bounded: cap · tanh(score / cap); without it they are not",
+    "renormalise": "false: weights are shares of a softmax over all experts; without it true: over the chosen",
+    "disabled": "ids of experts that may not be chosen; their logits count all the same",
+    "activation": '"gelu_tanh"; without it silu',
     "temperature": "0: greedy",
     "top_p": "mass of the nucleus, in (0, 1]",
     "layer": "which layer of the model, from 0",
@@ -57,6 +62,7 @@ def calls() -> str:
 def _call(call: Call) -> str:
     rows = [_row(tensor, "input") for tensor in call.inputs]
     rows += [(f"`{name}`", "setting", "", "") for name in call.settings]
+    rows += [(f"`{name}`", "setting, optional", "", "") for name in call.optional]
     rows += [_row(tensor, "output") for tensor in call.outputs]
     table = markdown(("name", "is", "shape", "kind"), rows)
     return f"**`{call.name}`**: {call.says.replace('|', chr(92) + '|')}\n\n{table}"

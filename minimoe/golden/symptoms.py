@@ -87,7 +87,7 @@ def _only(case: Case, output: Output) -> Case:
     """The case with one required output."""
     one = Case(
         case.kit, case.id, case.call, case.level, case.why, case.settings, case.model, case.tags, case.profiles,
-        (Output(output.name, output.letters, output.shape, output.kind, True, output.bounds),),
+        (dataclasses.replace(output, required=True),),
     )  # fmt: skip
     one.__dict__["_tensors"] = case._tensors
     return one

@@ -72,6 +72,15 @@ def test_a_call_without_a_method_is_not_offered():
         Recording().run(FIRST["attention.backward"])
 
 
+def test_cases_of_grok_1_are_offered_by_those_who_say_so():
+    adapter, case = Recording(), CASES["gating/shares"]
+    with pytest.raises(NotOffered, match=r"Recording does not do what Grok-1 does otherwise \(grok is False\)"):
+        adapter.run(case)
+    adapter.grok = True
+    adapter.run(case)
+    assert adapter.seen[0][2] == {"k": 2, "renormalise": False}
+
+
 @pytest.mark.parametrize(
     ("typo", "meant"),
     [("rms_norm", "rmsnorm"), ("gating_backwards", "gating_backward"), ("Experts", "experts")],

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 import minimoe
+from minimoe.backends import make_backend
 from minimoe.golden import calls, report, verify
 from minimoe.golden.adapters import OurBackend
 
 CASES = {case.id: case for case in verify.read_kit(report.VECTORS)[1]}
+OPS = make_backend("numpy")
 
 
 def rmsnorm(x, weight, eps, residual=None):
@@ -100,6 +102,42 @@ def test_a_case_with_an_input_that_the_function_does_not_take_is_skipped(capsys)
     found = minimoe.check("rmsnorm", lambda x, weight, eps: rmsnorm(x, weight, eps))
     assert found and found.skipped == {"rmsnorm/residual": "your function takes no residual"}
     assert "skip  residual" in capsys.readouterr().out and "1 skipped" in repr(found)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def gating(x, gate, active, ids, k):
+    logits = x @ gate.T
+    if ids is None:
+        ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    ids = ids if active is None else np.where(active[:, None], ids, -1)
+    return logits, ids, np.where(ids >= 0, softmax(np.take_along_axis(logits, np.maximum(ids, 0), axis=1)), 0)
+
+
+def test_cases_of_grok_1_are_skipped_by_a_function_without_their_settings():
+    by_name = minimoe.check("gating", gating)
+    by_place = minimoe.check(
+        "gating", lambda states, matrix, real, imposed, n: gating(states, matrix, real, imposed, n)
+    )
+    assert by_name and by_place
+    assert set(by_name.skipped) == set(by_place.skipped) == {name for name in ids_of("gating") if "shares" in name}
+    assert by_name.skipped["gating/shares"] == "your function takes no renormalise"
+    assert by_place.skipped["gating/shares"] == "your function has no place for renormalise"
+
+
+def test_cases_of_grok_1_reach_a_function_with_their_settings():
+    def attention(q, k, v, q_pos, k_pos, window, scale=None, cap=None):
+        seen.add((scale, cap))
+        return OPS.attention.forward(q, k, v, q_pos, k_pos, window, scale, cap)[0]
+
+    seen = set()
+    assert minimoe.check("attention", attention)
+    assert {(None, None), (0.75, None), (None, 2.5), (1.25, 3.0)} <= seen
+    unnamed = minimoe.check("attention", lambda *given: attention(*given))
+    assert unnamed and unnamed.skipped["attention/cap"] == "your function does not name cap"
 
 
 def test_nothing_but_skipped_cases_is_no_success():

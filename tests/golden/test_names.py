@@ -15,28 +15,32 @@ CONFIG = ModelConfig(
     num_experts=3, num_experts_per_token=1,
 )  # fmt: skip
 DENSE = CONFIG.replace(num_experts=1, num_experts_per_token=1, dense=True)
+GROK = CONFIG.replace(
+    tie_embeddings=True, activation="gelu_tanh", renormalise=False, attention_scale=0.5, attention_cap=2.0,
+    embedding_multiplier=3.0, output_multiplier=0.5, post_norms=True,
+)  # fmt: skip
 
 
 def marked(name):
     return re.sub(r"experts\.\d+\.", "experts.M.", re.sub(r"layers\.\d+\.", "layers.N.", name))
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE])
+@pytest.mark.parametrize("config", [CONFIG, DENSE, GROK])
 def test_every_parameter_has_a_row_and_hugging_faces_names_are_those_written(config, tmp_path):
     checkpoint.save(tmp_path / "model", config, params.random(config, 0))
     with (tmp_path / "model" / "model.safetensors").open("rb") as file:
         written = {marked(name) for name in read_header(file, "model.safetensors", "here")}
     ours = {marked(name) for name in params.shapes(config)}
-    table = {p.ours: p.hugging_face for p in names.PARAMETERS}
+    table = {p.ours: p.grok if config.post_norms else p.hugging_face for p in names.PARAMETERS}
     assert {table[name] for name in ours} == written
 
 
 def test_the_rows_of_parameters_are_those_of_sparse_and_dense_models_and_no_others():
-    ours = {marked(name) for config in (CONFIG, DENSE) for name in params.shapes(config)}
+    ours = {marked(name) for config in (CONFIG, DENSE, GROK) for name in params.shapes(config)}
     assert [p.ours for p in names.PARAMETERS if p.ours not in ours] == []
 
 
-@pytest.mark.parametrize("config", [CONFIG, DENSE])
+@pytest.mark.parametrize("config", [CONFIG, DENSE, GROK])
 def test_every_parameter_has_the_letters_of_its_shape(config):
     c = config
     sizes = {
@@ -49,7 +53,7 @@ def test_every_parameter_has_the_letters_of_its_shape(config):
 
 
 def test_the_intermediates_are_those_of_a_trace_in_its_order():
-    in_layer_0 = [marked(name) for name in trace.names(CONFIG.replace(num_layers=1))]
+    in_layer_0 = [marked(name) for name in trace.names(GROK.replace(num_layers=1))]
     assert [i.ours for i in names.INTERMEDIATES] == in_layer_0
 
 
@@ -57,7 +61,7 @@ def test_every_intermediate_has_the_letters_of_its_shape():
     from minimoe import mixtral
     from minimoe.backends import make_backend
 
-    tokens, c = np.arange(6).reshape(2, 3), CONFIG
+    tokens, c = np.arange(6).reshape(2, 3), GROK
     arrays = trace.record(make_backend("numpy"), c, params.random(c, 0), mixtral.check_inputs(tokens, 16))
     sizes = {
         "B": 2, "T": 3, "S": 3, "N": 6, "D": 12, "H": 2, "K": 1, "C": 4, "F": 5, "E": 3, "k": 1, "V": 16,

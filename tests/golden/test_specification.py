@@ -29,10 +29,11 @@ def test_every_tensor_and_setting_of_every_call_is_in_the_table():
         for tensor in call.outputs:
             assert f"| `{tensor.name}` | output" in part
         assert all(f"| `{name}` | setting |" in part for name in call.settings)
+        assert all(f"| `{name}` | setting, optional |" in part for name in call.optional)
 
 
 def test_every_setting_profile_and_call_is_explained():
-    assert set(specification.SETTINGS) == {name for call in CALLS.values() for name in call.settings}
+    assert set(specification.SETTINGS) == {name for call in CALLS.values() for name in (*call.settings, *call.optional)}
     assert all(f"`{name}`" in TEXT for name in PROFILES)
     semantics = TEXT[TEXT.index("## What they compute") : TEXT.index("## Numeric profiles")]
     for name in {name.removesuffix(".backward") for name in calls.CALLS}:

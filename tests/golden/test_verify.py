@@ -18,6 +18,7 @@ from minimoe import schedule
 from minimoe.config import ModelConfig
 from minimoe.golden import verify
 from minimoe.golden.adapters import OurBackend
+from minimoe.golden.cases import MODELS
 from minimoe.golden.report import VECTORS
 from minimoe.golden.verify import KitError, cause, compare
 from tests.golden import kits
@@ -224,6 +225,25 @@ def test_beyond_the_bound_it_is_a_wrong_expert_with_its_margin(tmp_path):
     assert result.decisions[0].margin == pytest.approx(1.2, rel=1e-3)
     assert result.first_failure.first.where == "token 0, slot 1"
     assert [t.status for t in result.tensors] == ["pass", "fail", "pass"], "its weights fit the experts that it chose"
+
+
+def test_weights_that_are_shares_of_all_experts_follow_a_near_tie_too(tmp_path):
+    def shares(logits, ids):
+        e = np.exp(logits)
+        return np.take_along_axis(e / e.sum(axis=1, keepdims=True), ids, axis=1)
+
+    drawn = kits.gating(LOGITS)
+    entry, _, truth = drawn
+    truth["weights"] = shares(truth["logits"], truth["ids"])
+    entry["outputs"][1]["routing"] = {
+        "logits": "logits", "weights": "weights", "forced": False, "margin": GAP, "renormalised": False
+    }  # fmt: skip
+    case = kits.write(tmp_path, [drawn])["gating/drawn"]
+    outputs = {name: x.copy() for name, x in case.truth.items()}
+    outputs["ids"][0] = [0, 2]
+    outputs["weights"] = shares(outputs["logits"], outputs["ids"])
+    assert compare(case, outputs).status == "pass"
+    assert compare(case, choose(outputs, 0, [0, 2])).first_failure.name == "weights"
 
 
 def test_weights_that_do_not_fit_the_experts_chosen_are_wrong(tmp_path):
@@ -453,6 +473,10 @@ def test_what_each_step_reads_is_what_the_schedule_says(drawn):
     case, _ = drawn()
     for step in schedule.schedule(config)[1:]:
         reads = {read for name in step.writes for read in cause._reads(case, name)}
+        assert reads - set(step.writes) == set(step.reads) - {"tokens"}, step.name
+    grok = next(case for case in verify.read_kit(VECTORS)[1] if case.id == "model/grok")
+    for step in schedule.schedule(MODELS["grok"].config)[1:]:
+        reads = {read for name in step.writes for read in cause._reads(grok, name)}
         assert reads - set(step.writes) == set(step.reads) - {"tokens"}, step.name
 
 
@@ -735,6 +759,11 @@ def test_patterns_choose_cases_by_id_or_by_call(own):
 def test_the_inference_subset_holds_no_gradients(own):
     calls = {case.call for case in verify.select(own[0], "float32", inference=True)}
     assert "model" in calls and "training" not in calls and not any(call.endswith("backward") for call in calls)
+
+
+def test_without_grok_nothing_is_left_that_only_grok_1_does(own):
+    chosen = verify.select(own[0], "float32", mixtral=True)
+    assert len(chosen) == sum("float32" in case.profiles and "grok" not in case.tags for case in own[0]) > 150
 
 
 # ---- on its own

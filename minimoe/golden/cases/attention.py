@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from minimoe.golden.cases.draw import EXACT, Draw, Spec
+from minimoe.golden.cases.draw import EXACT, GROK, OURS, Draw, Spec
 from minimoe.shapes import Array
 
 
 def specs() -> list[Spec]:
     """Return the cases of this file."""
-    return [*_attention(), *_windows(), *_backward(), *_kv_cache()]
+    return [*_attention(), *_windows(), *_capped(), *_backward(), *_backward_capped(), *_kv_cache()]
 
 
 def _inputs(d: Draw, H: int, K: int, C: int, q_pos: Array, k_pos: Array, scale: float = 1.0) -> dict[str, Array]:
@@ -144,6 +144,75 @@ def _windows() -> list[Spec]:
             tags=("cache", "window"),
         ),
     ]
+
+
+def _capped() -> list[Spec]:
+    """Grok-1's scores: a scale that is given, and a cap that most of them exceed, several times over."""
+    d, five = Draw("attention/cap"), np.arange(5)
+    padded = np.array([[-1, -1, 0, 1, 2], [0, 1, 2, 3, -1]])
+
+    def spec(name: str, why: str, inputs: dict[str, Array], *tags: str, **settings: float | None) -> Spec:
+        return Spec(
+            f"attention/{name}", why, inputs, {"window": None} | settings, tags=(GROK, *tags), profiles=OURS
+        )  # fmt: skip
+
+    return [
+        spec(
+            "scale",
+            "The scores' factor is given, 0.75, and is not 1/√C = 0.41: it stands in its place, not beside it.",
+            _inputs(d, 4, 2, 6, five, five), scale=0.75,
+        ),
+        spec(
+            "cap",
+            "Scores of up to ten are bounded by cap · tanh(score / cap), cap = 2.5, and scaled by 1/√C before. Without "
+            "the cap, with a cap that clips, or with tanh that is not multiplied again, all late rows differ.",
+            _inputs(d, 4, 2, 6, five, five, 4.0), cap=2.5,
+        ),
+        spec(
+            "scale-and-cap",
+            "Scaled first, capped then: the other order bounds the scores by scale · cap.",
+            _inputs(d, 2, 1, 4, five, five, 2.0), scale=1.25, cap=3.0,
+        ),
+        spec(
+            "cap-decode",
+            "One query against eight keys, the shape of decoding, where kernels often take another path: it caps too.",
+            _inputs(d, 4, 2, 4, np.array([7]), np.arange(8), 4.0), "cache", scale=0.625, cap=2.0,
+        ),
+        spec(
+            "cap-window",
+            "A cap of 0.5 under a window of 3: what is invisible is -inf after the cap. Masked first, it is capped to "
+            "-0.5, and every key is seen a little.",
+            _inputs(d, 2, 1, 4, np.arange(7), np.arange(7), 2.0), "window", window=3, cap=0.5,
+        ),
+        spec(
+            "cap-padding",
+            "Padding on either side: its keys are not capped to something that counts, and a query of position -1 is "
+            "exactly zero.",
+            _inputs(d, 2, 2, 4, padded, padded, 2.0), "padding", cap=1.0,
+        ),
+    ]  # fmt: skip
+
+
+def _backward_capped() -> list[Spec]:
+    d, six = Draw("attention.backward/cap"), np.arange(6)
+
+    def spec(name: str, why: str, inputs: dict[str, Array], *tags: str, **settings: float | None) -> Spec:
+        given = inputs | {"dout": d.normal(*inputs["q"].shape)}
+        return Spec(f"attention.backward/{name}", why, given, {"window": None} | settings, None, (GROK, *tags), EXACT)
+
+    return [
+        spec(
+            "cap",
+            "The cap has a slope, 1 - tanh², which is near 0 where a score is far beyond it; the given scale stands in "
+            "dq and in dk.",
+            _inputs(d, 4, 2, 6, six, six, 2.0), scale=0.75, cap=2.5,
+        ),
+        spec(
+            "cap-window",
+            "Capped and under a window: keys outside of it still get exactly nothing.",
+            _inputs(d, 2, 1, 4, six, six, 2.0), "window", window=3, cap=1.0,
+        ),
+    ]  # fmt: skip
 
 
 def _backward() -> list[Spec]:

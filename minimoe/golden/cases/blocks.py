@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from minimoe.golden.cases.draw import ALL, EXACT, Draw, Spec, coded
-from minimoe.golden.cases.models import MODELS
+from minimoe.golden.cases.draw import EXACT, Draw, Spec, coded
+from minimoe.golden.cases.models import MODELS, profiles, tags
 from minimoe.shapes import Array
 
 
@@ -27,10 +27,9 @@ def _states(name: str, model: str, B: int, T: int) -> Array:
 
 
 def _forward() -> list[Spec]:
-    def spec(name: str, why: str, model: str, T: int, *tags: str, layer: int = 0, B: int = 1, **inputs: Any) -> Spec:
-        profiles = ALL if MODELS[model].grid else EXACT
+    def spec(name: str, why: str, model: str, T: int, *more: str, layer: int = 0, B: int = 1, **inputs: Any) -> Spec:
         x = {"x": _states(name, model, B, T)}
-        return Spec(f"block/{name}", why, x | inputs, {"layer": layer}, model, tags, profiles)
+        return Spec(f"block/{name}", why, x | inputs, {"layer": layer}, model, tags(model, *more), profiles(model))
 
     left = np.array([[False, False, True, True, True], [True] * 5])
     far = 29_990 + np.arange(6)[None]
@@ -61,6 +60,11 @@ def _forward() -> list[Spec]:
              "gap", 5, "gap"),
         spec("digits", "Weights and states with all of float32's digits: anything held in 16 bits leaves float32's "
              "bounds, at the first tensor that it touches.", "digits", 5),
+        spec("grok", "Grok-1's block: what attention and the experts write is normed before it joins the stream, "
+             "scores are capped, weights are shares of all experts. Norms of the sums, or none, differ from "
+             "attention_post_norm on.", "grok", 6),
+        spec("grok-padding", "The same with left padding beside a full row: what is written at padding is zero, and so "
+             "is its norm.", "grok", 5, "padding", layer=1, B=2, mask=left),
     ]  # fmt: skip
 
 
@@ -72,7 +76,7 @@ def _backward() -> list[Spec]:
             ids = d.choices(B * T, c.num_experts_per_token, c.num_experts)
         x = _states(f"backward-{name}", model, B, T)
         inputs = {"x": x, "dout": d.normal(B, T, c.hidden_size), "ids": ids}
-        return Spec(f"block.backward/{name}", why, inputs, {"layer": layer}, model, profiles=EXACT)
+        return Spec(f"block.backward/{name}", why, inputs, {"layer": layer}, model, tags(model), EXACT)
 
     return [
         spec("main", "Gradients of the block's input and of all its weights. The stream's gradient passes both "
@@ -84,4 +88,6 @@ def _backward() -> list[Spec]:
              "without a balance loss.", "window", 7, 0),
         spec("dense", "A block without a gate, under a window: gradients of attention and of one expert, and no more.",
              "train-dense", 5, 0),
+        spec("grok", "Four norms: the gradient of what attention and the experts wrote passes one more on its way, and "
+             "each of the two has a gradient of its own.", "train-grok", 5, 1),
     ]  # fmt: skip

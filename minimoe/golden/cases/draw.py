@@ -18,6 +18,8 @@ from minimoe.shapes import Array
 
 EXACT = ("float64", "float32")  # profiles of the cases whose inputs or point need more than 16 bits
 ALL = (*EXACT, "bfloat16", "hf_bfloat16", "mistral_bfloat16", "float16")
+OURS = (*EXACT, "bfloat16")  # of what Grok-1 has: the other profiles follow code that has none of it
+GROK = "grok"  # tag of the cases that do something otherwise than Mixtral
 _SMALLEST = 2.0**-10  # far above the smallest normal float16, so that nothing drawn is subnormal anywhere
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from minimoe.arrays import BFLOAT16
 from minimoe.config import ModelConfig
-from minimoe.golden.cases.draw import Draw, coded
+from minimoe.golden.cases.draw import ALL, EXACT, GROK, OURS, Draw, coded
 from minimoe.params import Params, from_named, shapes
 from minimoe.shapes import Array
 
@@ -33,6 +33,17 @@ class ModelSpec:
     dtype: Any = np.float32
     gate: float = 0.75
     change: Callable[[dict[str, Array]], None] | None = None
+
+
+def tags(model: str, *more: str) -> tuple[str, ...]:
+    """Return the tags of a case of this model."""
+    return (*((GROK,) if MODELS[model].config.post_norms else ()), *more)
+
+
+def profiles(model: str) -> tuple[str, ...]:
+    """Return the numeric profiles in which a forward pass of this model can be compared."""
+    spec = MODELS[model]
+    return EXACT if not spec.grid else OURS if spec.config.post_norms else ALL
 
 
 def weights(name: str, spec: ModelSpec) -> Params:
@@ -80,6 +91,11 @@ _SMALL = _BASE.replace(
     vocab_size=12, hidden_size=8, intermediate_size=6, num_heads=2, num_kv_heads=1, head_dim=6, num_experts=3,
     balance_coefficient=0.5,
 )  # fmt: skip
+_GROK = {
+    "tie_embeddings": True, "rope_theta": 1e4, "activation": "gelu_tanh", "renormalise": False,
+    "attention_scale": 1.25, "attention_cap": 1.5, "embedding_multiplier": 2.5, "output_multiplier": 0.625,
+    "post_norms": True,
+}  # fmt: skip
 MODELS: dict[str, ModelSpec] = {
     "base": ModelSpec(
         "Mixtral's shape in small: 4 experts of which 2 serve a token, grouped heads, C = 6 unlike D / H = 4, untied "
@@ -147,5 +163,15 @@ MODELS: dict[str, ModelSpec] = {
     "train-dense": ModelSpec(
         "For training steps; no gate and no balance loss.",
         _SMALL.replace(dense=True, num_experts=1, num_experts_per_token=1, sliding_window=3),
+    ),
+    "grok": ModelSpec(
+        "Grok-1's shape in small: four norms a block, scores times 1.25 and capped at 1.5, GELU in its tanh form, gate "
+        "weights that are not renormalised, embeddings times 2.5, logits times 0.625, tied embeddings.",
+        _BASE.replace(vocab_size=24, **_GROK),
+    ),
+    "train-grok": ModelSpec(
+        "For training steps; all that Grok-1 does otherwise, with a balance loss; embeddings times 1.5, logits times "
+        "0.75, so that a step without either is well conditioned, too, and is recognised.",
+        _SMALL.replace(**_GROK | {"embedding_multiplier": 1.5, "output_multiplier": 0.75}),
     ),
 }  # fmt: skip

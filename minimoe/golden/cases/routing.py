@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from minimoe.golden.cases.draw import EXACT, Draw, Spec, coded
+from minimoe.golden.cases.draw import EXACT, GROK, OURS, Draw, Spec, coded
 from minimoe.shapes import Array
 
 
 def specs() -> list[Spec]:
     """Return the cases of this file."""
-    return [*_gating(), *_ties(), *_gating_backward(), *_experts(), *_experts_backward(), *_balance_loss()]
+    return [
+        *_gating(), *_ties(), *_shares(), *_gating_backward(), *_shares_backward(), *_experts(), *_gelu(),
+        *_experts_backward(), *_gelu_backward(), *_balance_loss(),
+    ]  # fmt: skip
 
 
 def _routed(name: str, N: int, D: int, E: int, k: int, scale: float = 0.5, grid: bool = True) -> dict[str, Array]:
@@ -109,6 +114,50 @@ def _ties() -> list[Spec]:
     ]  # fmt: skip
 
 
+def _shares() -> list[Spec]:
+    """Weights that are shares of all experts, as Grok-1 has them."""
+    forced = np.array([[3, 0], [1, 2], [0, 3], [2, 1], [3, 2]])
+    padding = np.array([True, False, True, True, False, True])
+
+    def spec(name: str, why: str, inputs: dict[str, Array], *tags: str, **more: Any) -> Spec:
+        settings = {"k": 2, "renormalise": False} | more
+        return Spec(f"gating/shares{name}", why, inputs, settings, tags=(GROK, *tags), profiles=OURS)
+
+    return [
+        spec("", "renormalise is false: each of the two chosen keeps its share of a softmax over all five, so that "
+             "their sum is below 1. Divided by their sum, or taken from the two logits alone, weights are too large.",
+             _routed("shares", 7, 9, 5, 2)),
+        spec("-padding", "The same beside padding, which has ids -1 and weights 0.",
+             _routed("shares-padding", 6, 8, 4, 2) | {"active": padding}, "padding"),
+        spec("-forced", "The choice is given: shares of all, of the given experts, in the given order.",
+             _routed("shares-forced", 5, 8, 4, 2) | {"ids": forced}, "forced"),
+        spec("-ties", "A gate of zeros: experts 0 and 1 are chosen, each with its share of 1/5, not 1/2.",
+             {"x": Draw("gating/shares-ties").normal(4, 6), "gate": np.zeros((5, 6))}, "ties"),
+        spec("-switched-off", "Expert 1 is switched off and is not chosen, however large its logit, but it keeps its "
+             "part in the sum that shares are taken of.",
+             _routed("shares-switched-off", 6, 8, 4, 2), disabled=[1]),
+    ]  # fmt: skip
+
+
+def _shares_backward() -> list[Spec]:
+    d, N, D, E = Draw("gating.backward/shares"), 6, 7, 5
+
+    def spec(name: str, why: str, ids: Array, dlogits: bool, *tags: str) -> Spec:
+        inputs = {"x": d.normal(N, D), "gate": d.normal(E, D), "ids": ids, "dweights": d.normal(*ids.shape)}
+        if dlogits:
+            inputs["dlogits"] = np.where((ids >= 0).any(axis=1, keepdims=True), d.normal(N, E), 0.0)
+        return Spec(f"gating.backward/shares{name}", why, inputs, {"renormalise": False}, None, (GROK, *tags), EXACT)
+
+    unrouted = d.choices(N, 2, E)
+    unrouted[[0, 3]] = -1
+    return [
+        spec("", "Shares of all experts: the logits of those that were not chosen have a gradient too, since they "
+             "stand in the sum.", d.choices(N, 2, E), False),
+        spec("-padding", "The same beside the balance loss's gradient and tokens that were not routed.",
+             unrouted, True, "padding"),
+    ]  # fmt: skip
+
+
 def _gating_backward() -> list[Spec]:
     d, N, D, E = Draw("gating.backward"), 6, 7, 5
     x, gate = d.normal(N, D), d.normal(E, D)
@@ -181,6 +230,28 @@ def _experts() -> list[Spec]:
              "a sigmoid written as 1 / (1 + exp(-z)) meets exp of large numbers.", steep),
         Spec("experts/digits", "Full float32 digits: hidden states rounded to 16 bits leave float32's bound.", fine,
              profiles=EXACT),
+    ]  # fmt: skip
+
+
+def _gelu() -> list[Spec]:
+    def spec(name: str, why: str, inputs: dict[str, Array], *tags: str) -> Spec:
+        return Spec(f"experts/{name}", why, inputs, {"activation": "gelu_tanh"}, tags=(GROK, *tags), profiles=OURS)
+
+    return [
+        spec("gelu", "The activation is GELU in its tanh form, on w1's side. silu is far off; the exact form, with "
+             "erf, differs by up to 5e-4 where |z| is about 2, as it is here.",
+             _expert_inputs("gelu", _MAIN, 6, 10, scale=1.5)),
+        spec("gelu-saturated", "Pre-activations of some tens: GELU is z or 0, and z³ must not overflow what follows.",
+             _expert_inputs("gelu-saturated", _UNROUTED, 6, 10, scale=16.0), "padding"),
+    ]  # fmt: skip
+
+
+def _gelu_backward() -> list[Spec]:
+    dout = Draw("experts.backward/gelu").normal(len(_MAIN), 6)
+    return [
+        Spec("experts.backward/gelu", "The slope of GELU's tanh form has the slope of its cubic in it. Pre-activations "
+             "are of either sign.", _expert_inputs("backward-gelu", _MAIN, 6, 10, scale=1.5) | {"dout": dout},
+             {"activation": "gelu_tanh"}, tags=(GROK,), profiles=EXACT),
     ]  # fmt: skip
 
 

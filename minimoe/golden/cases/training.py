@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from minimoe.golden.cases.draw import EXACT, Spec
+from minimoe.golden.cases.models import tags
 from minimoe.golden.cases.texts import text
 
 _ROWS = "train-concatenated/rows"  # the models that differ in their balance loss alone read the same
@@ -16,9 +17,9 @@ def specs() -> list[Spec]:
     """Return the cases of this file."""
     plain = {"lr": 0.0625, "beta1": 0.9, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.125, "clip": 1.0}
 
-    def spec(name: str, why: str, model: str, source: str, B: int, T: int, *tags: str, **more: Any) -> Spec:
+    def spec(name: str, why: str, model: str, source: str, B: int, T: int, *marks: str, **more: Any) -> Spec:
         inputs = {"tokens": text(source, B, T)} | {key: more.pop(key) for key in ("mask", "ids") if key in more}
-        return Spec(f"training/{name}", why, inputs, plain | more, model, tags, EXACT, text=source)
+        return Spec(f"training/{name}", why, inputs, plain | more, model, tags(model, *marks), EXACT, text=source)
 
     mask = np.array([[False, True, True, True, True], [True, True, True, False, False]])
     ids = np.array([[[2, 0], [1, 2], [0, 1], [2, 1], [1, 0]], [[0, 1], [2, 1], [1, 0], [0, 2], [2, 0]]])
@@ -41,4 +42,7 @@ def specs() -> list[Spec]:
              "before the norm is taken and the step is made. k = 1.", "train-tied", "train-tied/rows", 2, 4),
         spec("dense", "A step without a gate: the balance loss is 0, and every expert gradient comes from every token.",
              "train-dense", "train-dense/rows", 2, 5, "window"),
+        spec("grok", "A step of Grok-1, with padding: the gradient of the logits is multiplied on its way back, and so "
+             "is that of the embeddings; the cap has a slope, and unchosen experts' logits have a gradient.",
+             "train-grok", "train-grok/rows", 2, 5, "padding", mask=mask),
     ]  # fmt: skip

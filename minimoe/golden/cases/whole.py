@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from minimoe.golden.cases.draw import ALL, EXACT, Draw, Spec
-from minimoe.golden.cases.models import MODELS
+from minimoe.golden.cases.draw import EXACT, Draw, Spec
+from minimoe.golden.cases.models import MODELS, profiles, tags
 from minimoe.golden.cases.texts import text
 from minimoe.shapes import Array
 
@@ -17,11 +17,11 @@ def specs() -> list[Spec]:
     return [*_prefill(), *_inputs(), *_chunks(), *_generate()]
 
 
-def _spec(name: str, why: str, source: str, size: tuple[int, int], *tags: str, **inputs: Array) -> Spec:
+def _spec(name: str, why: str, source: str, size: tuple[int, int], *more: str, **inputs: Array) -> Spec:
     """A case that reads the text `source`, (B, T) = `size`."""
     model = source.partition("/")[0]
     given = {"tokens": text(source, *size)} | inputs
-    return Spec(f"model/{name}", why, given, {}, model, tags, ALL if MODELS[model].grid else EXACT, source)
+    return Spec(f"model/{name}", why, given, {}, model, tags(model, *more), profiles(model), source)
 
 
 def _prefill() -> list[Spec]:
@@ -55,6 +55,9 @@ def _prefill() -> list[Spec]:
         _spec("repeat-b", why.format("a"), "jitter/main", (1, 8), "repeat"),
         _spec("one-token", "A prompt of one token: attention sees itself alone, and products have one row.",
               "base/one", (1, 1)),
+        _spec("grok", "Grok-1 in small, all that it does otherwise at once, with every intermediate. Multipliers of "
+              "embeddings and logits that are left out, exchanged or inverted show at both ends.",
+              "grok/main", (1, 7)),
     ]  # fmt: skip
 
 
@@ -95,7 +98,7 @@ def _chunks() -> list[Spec]:
         window = () if MODELS[model].config.sliding_window is None else ("window",)
         return Spec(
             f"model.chunks/{name}", why, {"tokens": text(source, B, sum(chunks))},
-            {"chunks": chunks, "max_length": max_length}, model, ("cache", *window), text=source,
+            {"chunks": chunks, "max_length": max_length}, model, tags(model, "cache", *window), profiles(model), source,
         )  # fmt: skip
 
     return [
@@ -125,18 +128,20 @@ def _chunks() -> list[Spec]:
              [4, 5, 6, 1], 16, B=2),
         spec("dense", "The dense model under its window of 4: the cache alone, with no routing in the way.", "dense",
              [5, 1, 3, 1], 12),
+        spec("grok", "Grok-1 through a cache, chunks and single tokens: decoding caps and scales as the prefill does.",
+             "grok", [3, 1, 2, 1], 16),
     ]  # fmt: skip
 
 
 def _generate() -> list[Spec]:
-    def spec(name: str, why: str, model: str, B: int, T: int, steps: int, *tags: str, **more: Any) -> Spec:
+    def spec(name: str, why: str, model: str, B: int, T: int, steps: int, *marks: str, **more: Any) -> Spec:
         source = f"{model}/{name}"
         inputs = {"tokens": text(source, B, T), "uniform": more.pop("uniform", np.zeros((steps, B)))}
         if "mask" in more:
             inputs["mask"] = more.pop("mask")
         settings = {"temperature": 0.0, "top_p": 1.0} | more
-        profiles = ALL if settings["temperature"] == 0 else EXACT
-        return Spec(f"model.generate/{name}", why, inputs, settings, model, tags, profiles, text=source)
+        known = profiles(model) if settings["temperature"] == 0 else EXACT
+        return Spec(f"model.generate/{name}", why, inputs, settings, model, tags(model, *marks), known, text=source)
 
     mask = np.arange(5) >= 5 - np.array([[2], [5]])
     random = Draw("model.generate/uniform").uniform(4, 2, low=0.1, high=0.95)
@@ -154,4 +159,5 @@ def _generate() -> list[Spec]:
         spec("sampled", "Temperature 0.75 with top_p 0.875: which token a random number draws is pinned, so sampling "
              "is comparable at all. No number lies near an edge of the distribution.",
              "base", 2, 3, 4, "sampled", temperature=0.75, top_p=0.875, uniform=random),
+        spec("grok", "Grok-1 greedily, the cap in every decoding step.", "grok", 1, 4, 5),
     ]  # fmt: skip

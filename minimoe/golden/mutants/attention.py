@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from minimoe.golden.cases.draw import GROK
 from minimoe.golden.mutants.mutant import Mutant
 from minimoe.golden.mutants.planting import Edit, room
 
@@ -154,6 +155,41 @@ ATTENTION = [
         (room("attention", "probs * (dprobs - delta)", "probs * dprobs"),),
     ),
 ]  # fmt: skip
+_CAP = "scores = cap * xp.tanh(scores / cap)"
+_CAP_SLOPE = "dscores = dscores * (1 - (xp.where(xp.isneginf(scores), 0, scores) / cap) ** 2)"
+_BOUNDED = "scores are cap · tanh(scale · q · k / cap), then -inf where a key is invisible"
+
+
+def _cap(name: str, says: str, *edits: tuple[str, str], seen: str = "", inference_only: bool = False) -> Mutant:
+    """A wrong scale or cap of Grok-1's scores."""
+    changes = tuple(room("attention", *edit) for edit in edits)
+    return Mutant(name, says, _BOUNDED, "op", changes, seen=seen, inference_only=inference_only, tag=GROK)
+
+
+CAP = [
+    _cap("attention-cap-missing", "attention scores are not bounded", (_CAP, "pass"), (_CAP_SLOPE, "pass"),
+         seen="fused attention that has no cap"),
+    _cap("attention-cap-clips", "attention scores are cut off at the cap instead of bent by tanh",
+         (_CAP, "scores = xp.clip(scores, -cap, cap)"), (_CAP_SLOPE, "dscores = dscores * (abs(scores) < cap)")),
+    _cap("attention-cap-not-multiplied-again", "attention scores are tanh(score / cap), without the factor cap",
+         (_CAP, "scores = xp.tanh(scores / cap)"),
+         (_CAP_SLOPE, "dscores = dscores * (1 - xp.where(xp.isneginf(scores), 0, scores) ** 2) / cap")),
+    _cap("attention-cap-before-the-scale", "q · k is capped first and scaled afterwards",
+         (_CAP, f"scores = _factor(q, scale) * {_CAP[9:].replace('scores /', 'scores / _factor(q, scale) /')}"),
+         (_CAP_SLOPE, _CAP_SLOPE.replace("/ cap)", "/ factor / cap)"))),
+    _cap("attention-cap-after-the-mask", "scores are masked first and capped then: -inf becomes -cap, and is seen",
+         ("scores, -xp.inf)\n", "scores, -xp.inf if cap is None else -cap)\n")),
+    _cap("attention-cap-on-the-probabilities", "the cap is applied to the probabilities, after the softmax",
+         (_CAP, "pass"), (_CAP_SLOPE, "pass"), ("    probs = weights / xp.where(nothing, 1, total)",
+          "    probs = weights / xp.where(nothing, 1, total)\n"
+          "    probs = probs if cap is None else cap * xp.tanh(probs / cap)"), inference_only=True),
+    _cap("attention-cap-without-slope", "the gradient of the scores passes the cap as if it were not there",
+         (_CAP_SLOPE, "pass")),
+    _cap("attention-scale-ignored", "scores are divided by sqrt(C) although another scale is given",
+         ("** -0.5 if scale is None else scale", "** -0.5")),
+    _cap("attention-scale-beside-the-root", "the given scale is applied on top of 1/sqrt(C) instead of in its place",
+         ("** -0.5 if scale is None else scale", "** -0.5 * (1 if scale is None else scale)")),
+]  # fmt: skip
 CACHE = [
     Mutant(
         "cache-slot-off-by-one",
@@ -197,4 +233,4 @@ CACHE = [
         inference_only=True,
     ),
 ]
-MUTANTS = [*ROPE, *ATTENTION, *CACHE]
+MUTANTS = [*ROPE, *ATTENTION, *CAP, *CACHE]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from minimoe.golden.cases.draw import GROK
 from minimoe.golden.mutants.mutant import Mutant
 from minimoe.golden.mutants.planting import Edit
 
@@ -23,8 +24,9 @@ _STREAM = "h = x + Attention(Norm(x)); out = h + Experts(Norm(h))"
 
 
 def _layer(
-    name: str, says: str, remedy: str, *edits: tuple[str, str], seen: str = "", inference_only: bool = False
-) -> Mutant:
+    name: str, says: str, remedy: str, *edits: tuple[str, str], seen: str = "", inference_only: bool = False,
+    tag: str = "",
+) -> Mutant:  # fmt: skip
     return Mutant(
         name,
         says,
@@ -33,6 +35,7 @@ def _layer(
         tuple(Edit("layers", *edit) for edit in edits),
         seen=seen,
         inference_only=inference_only,
+        tag=tag,
     )
 
 
@@ -86,6 +89,36 @@ NORMS = [
            ("ops.experts.backward(dout, s.y2,", "ops.experts.backward(dout, s.h2,"),
            ("dgate = None\n", "dgate = None\n    dresidual, dy2 = dresidual + dy2, 0 * dy2\n")),
 ]  # fmt: skip
+_POSTS = "h = x + Norm(Attention(Norm(x))); out = h + Norm(Experts(Norm(h)))"
+_POST, _DPOST = "return y, (h, r)", "return ops.rmsnorm.backward(dy, h, weight, r)"
+_POST1 = "attended, before = _post_norm(ops, config, attended, layer.attention_post_norm)"
+_POST2 = "out, before2 = _post_norm(ops, config, out, layer.ffn_post_norm)"
+_DPOST1 = "dattended, dattention_post_norm = _post_norm_backward(ops, dh2, layer.attention_post_norm, s.attended)"
+_DPOST2 = "dout, dffn_post_norm = _post_norm_backward(ops, dout, layer.ffn_post_norm, s.written)"
+
+
+def _one_post_norm(name: str, says: str, forward: str, backward: str) -> Mutant:
+    """One of the two is left out, forward and backward."""
+    written, d = forward.partition(",")[0], backward.partition(" = ")[2].split(", ")[1]
+    weight, grad = forward.rpartition(", ")[2][:-1], backward.partition(" = ")[0].split(", ")
+    return _layer(
+        name, says, _POSTS, (forward, forward.replace(written, "_", 1)),
+        (backward, f"{grad[0]}, {grad[1]} = {d}, 0 * {weight}"), tag=GROK,
+    )  # fmt: skip
+
+
+POST_NORMS = [
+    _layer("post-norms-missing", "what attention and experts write joins the stream without a norm", _POSTS,
+           (_POST, _POST.replace("y,", "x,")), (_DPOST, "return dy, 0 * weight"), seen="Mixtral means it so", tag=GROK),
+    _one_post_norm("attention-post-norm-missing", "what attention writes joins the stream without a norm", _POST1,
+                   _DPOST1),
+    _one_post_norm("ffn-post-norm-missing", "what the experts write joins the stream without a norm", _POST2, _DPOST2),
+    _layer("post-norms-of-the-sums", "the post-norms are of the stream's sums instead of what is added to it", _POSTS,
+           (_POST1, _POST1.replace("config, attended", "config, attended + h")),
+           (_NORM2, _NORM2.replace(" h)", " 0 * h)")),
+           (_POST2, _POST2.replace("config, out", "config, out + h2")), (_RETURN, _RETURN.replace("h2", "0 * h2")),
+           seen="the original transformer", inference_only=True, tag=GROK),
+]  # fmt: skip
 POSITIONS = [
     _layer("keys-not-rotated", "RoPE turns the queries only", "turn queries and keys",
            (_K, f"{_K.replace('k =', '_ =')}\n    k = k.reshape(N, config.num_kv_heads, C)"),
@@ -134,4 +167,4 @@ JITTER = [
                  "import numpy as np\n    noise = ops.asarray(np.random.default_rng().uniform(0.9, 1.1, y2.shape))"),),
            seen="transformers' router_jitter_noise", inference_only=True),
 ]  # fmt: skip
-MUTANTS = [*RESIDUALS, *NORMS, *POSITIONS, *JITTER]
+MUTANTS = [*RESIDUALS, *NORMS, *POST_NORMS, *POSITIONS, *JITTER]

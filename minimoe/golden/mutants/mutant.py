@@ -38,6 +38,8 @@ _SETTINGS = {
     "num_experts_per_token": (("gating",), "k"),
     "balance_form": (("balance_loss", "balance_loss.backward"), "form"),
     "balance_coefficient": ((), ""),
+    "embedding_multiplier": ((), ""),
+    "output_multiplier": ((), ""),
 }
 
 
@@ -56,6 +58,7 @@ class Mutant:
     seen : where in public code it was seen
     profiles : the numeric profiles in which it can be seen; empty: all
     inference_only : it has no gradient here, and acts on no call that trains
+    tag : of the cases that it acts on; empty: all
     ops : ops whose inputs `params` changes
     harmless : why no output that is compared can show it; empty for all that some case tells apart
     """
@@ -71,6 +74,7 @@ class Mutant:
     seen: str = ""
     profiles: tuple[str, ...] = ()
     inference_only: bool = False
+    tag: str = ""
     ops: tuple[str, ...] = ()
     harmless: str = ""
 
@@ -95,7 +99,7 @@ class Mutant:
 
     def applies(self, case: Case) -> bool:
         """Whether the mistake could change the outputs of a case."""
-        if case.call not in self.calls:
+        if case.call not in self.calls or (self.tag and self.tag not in case.tags):
             return False
         return self.config is None or case.level != "op" or self._setting(case.settings) is not None
 
@@ -184,7 +188,7 @@ def _reach(edit: Edit) -> list[str]:
         calls += _USED_BY.get(room, WHOLE)
     else:
         calls = list(_MODULES.get(edit.module, ("training",)))
-    if edit.function in ("backward", "silu_slope"):
+    if edit.function in ("backward", "silu_slope", "gelu_tanh_slope"):
         calls = [call for call in calls if call.endswith(".backward") or call == "training"]
     return ["training"] if edit.function == "loss_and_grads" else calls
 

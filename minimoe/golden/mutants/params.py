@@ -10,6 +10,7 @@ import numpy as np
 
 from minimoe.checkpoint import mathematics
 from minimoe.config import ModelConfig
+from minimoe.golden.cases.draw import GROK
 from minimoe.golden.mutants.mutant import Mutant, replace_layers
 from minimoe.ops import balance_loss, experts, gating, rmsnorm, rope
 from minimoe.ops.attention import reference as attention
@@ -90,6 +91,15 @@ def _norms_exchanged(params: Params, _: ModelConfig) -> Params:
     )
 
 
+def _grok_norms(**instead: str) -> Change:
+    """Exchange norms of a block that has four."""
+
+    def layer(old: LayerParams) -> LayerParams:
+        return dataclasses.replace(old, **{name: getattr(old, other) for name, other in instead.items()})
+
+    return lambda params, _: replace_layers(params, layer)
+
+
 PARAMS = [
     Mutant("w1-w3-exchanged", "w1 and w3 are exchanged when loading",
            "w1 goes through silu (gate_proj), w3 does not (up_proj), w2 is the way back (down_proj)", "params",
@@ -119,6 +129,14 @@ PARAMS = [
     Mutant("norms-exchanged", "the weights of a block's two norms are exchanged",
            "input_layernorm comes before attention, post_attention_layernorm before the experts", "params",
            params=_norms_exchanged, right=LayerParams, inference_only=True),
+    Mutant("post-norms-exchanged", "the weights of a block's two post-norms are exchanged",
+           "of a block's four norms the second follows attention, the fourth the experts", "params",
+           params=_grok_norms(attention_post_norm="ffn_post_norm", ffn_post_norm="attention_post_norm"),
+           right=LayerParams, inference_only=True, tag=GROK),
+    Mutant("norms-two-and-three-exchanged", "the norm after attention and the one before the experts are exchanged",
+           "of a block's four norms the second follows attention, the third comes before the experts", "params",
+           params=_grok_norms(attention_post_norm="ffn_norm", ffn_norm="attention_post_norm"), right=LayerParams,
+           seen="transformers calls Mixtral's ffn_norm post_attention_layernorm", inference_only=True, tag=GROK),
     Mutant("embeddings-tied", "the output matrix is the embedding table, although the model has one of its own",
            "read lm_head (output) unless the config says tie_word_embeddings", "params", params=_tied,
            right=Params, inference_only=True),
@@ -137,10 +155,13 @@ def _instead(wrong: float, when: Callable[[float], bool] = lambda right: True) -
 def _config(
     name: str, says: str, remedy: str, field: str, change: Callable[[Any], Any], right: Any, seen: str = "",
 ) -> Mutant:  # fmt: skip
-    return Mutant(name, says, remedy, "config", config=(field, change), right=right, seen=seen)
+    tag = GROK if field.endswith("multiplier") else ""
+    return Mutant(name, says, remedy, "config", config=(field, change), right=right, seen=seen, tag=tag)
 
 
 _BALANCE = balance_loss.BalanceLoss.forward
+_EMBEDDINGS = "multiply embeddings by embedding_multiplier, before the first block: the stream holds the product"
+_LOGITS = "multiply logits by output_multiplier"
 _READ = "read rope_theta from the config: 1e6 for Mixtral, 1e4 for Mistral 7B v0.1"
 CONFIG = [
     _config("theta-1e4", "RoPE's theta is 1e4 instead of what the config says", _READ, "rope_theta", _instead(1e4),
@@ -174,5 +195,13 @@ CONFIG = [
             seen="Switch means it so"),
     _config("balance-coefficient-ignored", "the balance loss is added with a coefficient of 1",
             "multiply it by router_aux_loss_coef", "balance_coefficient", _instead(1.0), ModelConfig),
+    _config("embedding-multiplier-missing", "embeddings are not multiplied", _EMBEDDINGS, "embedding_multiplier",
+            _instead(1.0), ModelConfig, seen="the first norm hides it"),
+    _config("embedding-multiplier-inverted", "embeddings are divided by their multiplier", _EMBEDDINGS,
+            "embedding_multiplier", lambda m: None if m == 1 else 1 / m, ModelConfig),
+    _config("output-multiplier-missing", "logits are not multiplied", _LOGITS, "output_multiplier", _instead(1.0),
+            ModelConfig, seen="greedy decoding hides it"),
+    _config("output-multiplier-inverted", "logits are divided by their multiplier", _LOGITS, "output_multiplier",
+            lambda m: None if m == 1 else 1 / m, ModelConfig),
 ]  # fmt: skip
 MUTANTS = [*PARAMS, *CONFIG]

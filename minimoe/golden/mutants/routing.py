@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from minimoe.golden.cases.draw import GROK
 from minimoe.golden.mutants.mutant import Mutant
 from minimoe.golden.mutants.planting import room
 
@@ -23,10 +24,12 @@ _TIES = "choose by logit, largest first; of equal ones the lower id first"
 
 def _gate(
     name: str, says: str, remedy: str, *edits: tuple[str, str], seen: str = "", inference_only: bool = False,
-    harmless: str = "",
+    harmless: str = "", tag: str = "",
 ) -> Mutant:  # fmt: skip
     changes = tuple(room("gating", *edit) for edit in edits)
-    return Mutant(name, says, remedy, "op", changes, seen=seen, inference_only=inference_only, harmless=harmless)
+    return Mutant(
+        name, says, remedy, "op", changes, seen=seen, inference_only=inference_only, harmless=harmless, tag=tag
+    )
 
 
 GATING = [
@@ -35,8 +38,9 @@ GATING = [
         "weights come from a softmax over all E logits and are not renormalised over the chosen",
         _GATE + ": divide the chosen probabilities by their sum",
         (_WEIGHTS, f"weights = exps / {_ALL}"),
-        (_CHOSEN, "dchosen = weights * dweights"),
-        (_SCATTERED, f"{_SOFTMAX}\n    scattered = scattered - full * dchosen.sum(axis=-1, keepdims=True)\n"
+        (_CHOSEN, "dchosen = weights * (dweights if logits is None else dweights - mean)"),
+        (_SCATTERED, f"{_SOFTMAX}\n"
+         "    scattered = scattered - (0 if logits is not None else full * dchosen.sum(axis=-1, keepdims=True))\n"
          f"    {_SCATTERED}"),
         seen="Switch and Grok-1 mean it so",
     ),
@@ -60,7 +64,7 @@ GATING = [
         "weights are normalised sigmoids of the chosen logits",
         _GATE,
         (_EXPS, "exps = 1 / (1 + xp.exp(-chosen))"),
-        (_CHOSEN, f"{_CHOSEN}\n    dchosen = dchosen / (1 + xp.exp({_READ}))"),
+        (_CHOSEN, f"{_CHOSEN}\n    dchosen = dchosen / (1 + (0 if logits is not None else xp.exp({_READ})))"),
         seen="DeepSeek-V3 means it so",
     ),
     _gate(
@@ -125,7 +129,7 @@ GATING = [
         "router-untrained-by-its-weights",
         "no gradient flows through the gate weights to the router",
         "differentiate the softmax over the chosen logits; only the choice itself is a constant",
-        (_CHOSEN, "dchosen = 0 * weights"),
+        (_CHOSEN, "dchosen, mean = 0 * weights, 0 * mean"),
     ),
     _gate(
         "balance-gradient-lost",
@@ -135,10 +139,40 @@ GATING = [
     ),
 ]  # fmt: skip
 
+_SHARES = "where renormalise is false each chosen expert keeps its share of a softmax over all"
+GATING += [
+    _gate(
+        "gate-renormalised",
+        "weights are a softmax over the chosen, though the model wants shares of all experts",
+        _SHARES,
+        ("if not renormalise:", "if False and not renormalise:"),
+        ("-_softmax(logits) * mean", "0 * logits"),
+        seen="Mixtral means it so",
+        tag=GROK,
+    ),
+    _gate(
+        "gate-softmax-without-switched-off",
+        "experts that are switched off are left out of the sum that shares are taken of",
+        _SHARES + ", also those that are switched off",
+        ("_softmax(logits), xp.max",
+         "_softmax(logits if allowed is None else xp.where(allowed, logits, -1e300)), xp.max"),
+        inference_only=True,
+        tag=GROK,
+    ),
+    _gate(
+        "gate-gradient-of-the-chosen-only",
+        "the logits of experts that were not chosen get no gradient, though they stand in the sum",
+        "a share of all experts falls where the logit of any other rises: dlogits = -share · Σ weights · dweights",
+        ("-_softmax(logits) * mean", "0 * logits"),
+        tag=GROK,
+    ),
+]  # fmt: skip
+
 
 def _expert(
-    name: str, says: str, remedy: str, *edits: tuple[str, str], seen: str = "", inference_only: bool = False
-) -> Mutant:
+    name: str, says: str, remedy: str, *edits: tuple[str, str], seen: str = "", inference_only: bool = False,
+    tag: str = "",
+) -> Mutant:  # fmt: skip
     return Mutant(
         name,
         says,
@@ -147,6 +181,7 @@ def _expert(
         tuple(room("experts", *edit) for edit in edits),
         seen=seen,
         inference_only=inference_only,
+        tag=tag,
     )
 
 
@@ -243,6 +278,30 @@ EXPERTS = [
         "dslots = weights · dout",
         ("(weights[:, :, None] * dout[:, None])", "xp.repeat(dout[:, None], k, axis=1)"),
     ),
+]  # fmt: skip
+_GELU = "gelu_tanh(z) = z/2 · (1 + tanh(sqrt(2/π) · (z + 0.044715 · z³)))"
+
+
+def _gelu(name: str, says: str, value: str, slope: str, seen: str = "") -> Mutant:
+    """Another activation where GELU in its tanh form is wanted."""
+    return _expert(
+        name, says, _GELU, ("return z * sigmoid(_bend(z))", f"return {value}"),
+        ("return s * (1 + z * (1 - s) * (_ROOT * (1 + 3 * 0.044715 * z * z)))", f"return {slope}"),
+        ("from minimoe.arrays import matmul,", "import numpy as np\nfrom minimoe.arrays import matmul,"),
+        seen=seen, tag=GROK,
+    )  # fmt: skip
+
+
+EXPERTS += [
+    _gelu("gelu-exact-instead-of-tanh", "GELU is computed with erf instead of tanh", f"z * 0.5 * (1 + {_ERF})",
+          f"0.5 * (1 + {_ERF}) + z * xp_of(z).exp(-z * z / 2) * 0.3989422804014327",
+          seen="Grok-1's port to Hugging Face, torch's default"),
+    _gelu("gelu-sigmoid-instead-of-tanh", "GELU is computed as z · sigmoid(1.702 z)", "z * sigmoid(1.702 * z)",
+          "sigmoid(1.702 * z) * (1 + 1.702 * z * (1 - sigmoid(1.702 * z)))", seen="QuickGELU"),
+    _gelu("silu-instead-of-gelu", "the experts' activation is silu, where the model has GELU", "silu(z)",
+          "silu_slope(z)"),
+    _expert("gelu-slope-without-the-cubic", "the slope of GELU lacks the slope of its cubic term", _GELU,
+            (" * (_ROOT * (1 + 3 * 0.044715 * z * z)))", " * _ROOT)"), tag=GROK),
 ]  # fmt: skip
 
 

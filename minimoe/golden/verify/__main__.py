@@ -27,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # where a terminal cannot show a sign
     try:
         report = check_folder(
-            args.kit, args.outputs, args.profile, args.only, args.inference, args.allow_missing, args.expect_failure
-        )
+            args.kit, args.outputs, args.profile, args.only, args.inference, args.allow_missing, args.expect_failure,
+            args.mixtral,
+        )  # fmt: skip
         if args.junit:
             report.write_junit(args.junit)
     except (KitError, OSError) as error:

@@ -22,6 +22,11 @@ _READS = {
     "adamw.w": "adamw.m adamw.v", "training.loss": "training.cross_entropy training.balance_loss",
 }  # fmt: skip
 
+_READS_WITH_POST_NORMS = _READS | {
+    "attention_post_norm": "attention.out", "attention_residual": "x attention_post_norm",
+    "ffn_post_norm": "experts.out", "out": "attention_residual ffn_post_norm",
+}  # fmt: skip
+
 
 def split_layer(name: str) -> tuple[int | None, str]:
     """Split "layers.3.out" into 3 and "out"; other names are of no layer."""
@@ -37,7 +42,8 @@ def _reads(case: Case, name: str) -> list[str]:
     before = [o.name for o in case.outputs if split_layer(o.name)[1] == "out" and o.name != name]
     entered = before[-1:] if layer is None else [f"layers.{layer - 1}.out" if layer else "tok_embeddings"]
     prefix = "" if layer is None else f"layers.{layer}."
-    reads = _READS.get(inner, "").split()
+    normed = any(o.name.endswith("_post_norm") for o in case.outputs)
+    reads = (_READS_WITH_POST_NORMS if normed else _READS).get(inner, "").split()
     return [n for read in reads for n in (entered if read == "x" and case.level == "model" else [prefix + read])]
 
 

@@ -16,8 +16,14 @@ from .results import CaseResult
 from .words import brief, similar
 
 
-def select(cases: Sequence[Case], profile: str, only: Sequence[str] = (), inference: bool = False) -> list[Case]:
+def select(
+    cases: Sequence[Case], profile: str, only: Sequence[str] = (), inference: bool = False, mixtral: bool = False
+) -> list[Case]:
     """Return the cases that have bounds for a profile and match one of the patterns, by id or by call.
+
+    Parameters
+    ----------
+    inference, mixtral : leave out what only training needs, and what only Grok-1 does
 
     Raises
     ------
@@ -27,7 +33,8 @@ def select(cases: Sequence[Case], profile: str, only: Sequence[str] = (), infere
     known = sorted({name for case in cases for name in case.profiles})
     if profile not in known:
         raise KitError(f"no case has bounds for profile {profile!r}; there are {', '.join(known)}")
-    found = [case for case in cases if profile in case.profiles and not (inference and "inference" not in case.tags)]
+    out = {"training": inference, "grok": mixtral}
+    found = [case for case in cases if profile in case.profiles and not any(out.get(tag, False) for tag in case.tags)]
     return matching(found, only) if only else found
 
 
@@ -82,7 +89,7 @@ def check(
 
 def check_folder(
     kit: str | Path, outputs: str | Path, profile: str = "float32", only: Sequence[str] = (), inference: bool = False,
-    allow_missing: bool = False, expected: Sequence[str] = (),
+    allow_missing: bool = False, expected: Sequence[str] = (), mixtral: bool = False,
 ) -> Report:  # fmt: skip
     """Hold a folder of outputs against a kit; `expected` names the cases that must fail, see `expected_failures`.
 
@@ -92,7 +99,7 @@ def check_folder(
         If the kit or the folder cannot be read, nothing is selected, or there are no outputs at all.
     """
     _, cases = read_kit(kit)
-    chosen = select(cases, profile, only, inference)
+    chosen = select(cases, profile, only, inference, mixtral)
     if not Path(outputs).is_dir():
         raise KitError(f"{outputs}: there is no such folder of outputs")
     entries = check(chosen, lambda case: read_outputs(outputs, case), profile, expected_failures(expected, chosen))
@@ -131,6 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="float32", metavar="NAME", help="number formats (default float32)")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="cases or calls, as 'gating*'")
     parser.add_argument("--inference", action="store_true", help="leave out what only training needs")
+    parser.add_argument("--mixtral", action="store_true", help="leave out what only Grok-1 does")
     parser.add_argument("--allow-missing", action="store_true", help="cases without outputs are no failures")
     parser.add_argument(
         "--expect-failure", action="append", default=[], metavar="PATTERN",

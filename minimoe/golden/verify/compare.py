@@ -196,12 +196,13 @@ class _Comparison:
         if output.letters.split()[:2] != ["N", "k"] or routed not in self.arrays or logits is None:
             return array, truth, keep
         ids, golden = self.arrays[routed], self.truth[routed]
-        if output.name.endswith("weights"):  # softmax over the golden logits of the experts that it did choose
+        if output.name.endswith("weights"):  # those that the golden logits give to the experts that it did choose
             rows = (ids != golden).any(axis=1) & (ids >= 0).all(axis=1) & (ids < logits.shape[1]).all(axis=1)
             chosen = np.take_along_axis(logits[rows], ids[rows], axis=1)
-            e = np.exp(chosen - chosen.max(axis=1, keepdims=True))
+            shared = chosen if next(o.renormalised for o in self.case.outputs if o.name == routed) else logits[rows]
+            top = shared.max(axis=1, keepdims=True)
             truth = truth.copy()
-            truth[rows] = e / e.sum(axis=1, keepdims=True)
+            truth[rows] = np.exp(chosen - top) / np.exp(shared - top).sum(axis=1, keepdims=True)
             return array, truth, keep
         same = golden[:, :, None] == ids[:, None, :]  # (N, k golden, k candidate)
         slots = same.argmax(axis=2)[:, :, None]

@@ -32,6 +32,7 @@ class Output:
     kind : "float", or "exact" (must be equal)
     required : whether a candidate must give it; the others help to find a mistake
     bounds : {profile: [relative, absolute]}: |error| <= relative · max |truth| + absolute, per tensor
+    renormalised : of chosen experts: whether their weights are a softmax over them, or shares of all experts
     """
 
     name: str
@@ -40,6 +41,7 @@ class Output:
     kind: str
     required: bool
     bounds: dict[str, list[float]] = field(default_factory=dict)
+    renormalised: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,17 @@ def read_kit(folder: str | Path) -> tuple[dict[str, Any], list[Case]]:
 def _case(folder: Path, entry: dict[str, Any]) -> Case:
     if ".." in Path(entry["id"]).parts or Path(entry["id"]).is_absolute():
         raise KitError(f"{folder}/manifest.json: {entry['id']!r} leads out of the kit")
-    outputs = tuple(
-        Output(o["name"], o["letters"], tuple(o["shape"]), o["kind"], o["required"], o.get("bounds", {}))
-        for o in entry["outputs"]
-    )
+    outputs = tuple(map(_output, entry["outputs"]))
     return Case(
         folder, entry["id"], entry["call"], entry["level"], entry["why"], entry["settings"], entry["model"],
         tuple(entry["tags"]), tuple(entry["profiles"]), outputs,
+    )  # fmt: skip
+
+
+def _output(entry: dict[str, Any]) -> Output:
+    return Output(
+        entry["name"], entry["letters"], tuple(entry["shape"]), entry["kind"], entry["required"],
+        entry.get("bounds", {}), entry.get("routing", {}).get("renormalised", True),
     )  # fmt: skip
 
 
