@@ -122,7 +122,7 @@ class Decoding:
         self._known: Int[Array, " B"] | None = None  # what the last step drew, and left where the next reads it
         # No method of this object: a cycle of references would keep the cache until the garbage collector comes.
         arrays = self._tokens, self._positions, self._uniform
-        step = partial(_step, ops, config, params, cache, *arrays, temperature, top_p)
+        step = partial(_step, ops, _decode(ops, config, params, cache), *arrays, temperature, top_p)
         self._replay = ops.captured(step, tokens=len(cache.lengths))
 
     def __call__(self, ids: Int[Array, " B"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
@@ -149,12 +149,22 @@ class Decoding:
         overwrite(self._positions, self._cache.lengths[:, None])
 
 
+def _decode(ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache) -> mixtral.Step:
+    """Return what makes logits (B, V) of tokens and positions (B, 1): on a CPU one compiled call, where that can be."""
+    if ops.name == "numba":
+        from minimoe import compiled_step  # Numba takes half a second to import
+
+        if (step := compiled_step.prepared(ops, config, params, cache)) is not None:
+            return step
+    return partial(mixtral.decode, ops, config, params, cache)
+
+
 def _step(
-    ops: Backend, config: ModelConfig, params: Params, cache: mixtral.KVCache, tokens: Int[Array, "B 1"],
-    positions: Int[Array, "B 1"], uniform: Float[Array, " B"], temperature: float, top_p: float,
+    ops: Backend, decode: mixtral.Step, tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"],
+    uniform: Float[Array, " B"], temperature: float, top_p: float,
 ) -> tuple[Float[Array, "B V"], Int[Array, " B"]]:  # fmt: skip
     """Draw the next tokens, and leave them where the next step reads them: the host has a look, and no part in it."""
-    logits = mixtral.decode(ops, config, params, tokens, positions, cache)
+    logits = decode(tokens, positions)
     ids = ops.sampling.forward(logits, temperature, top_p, uniform)
     tokens[...] = ids[:, None]
     positions += 1

@@ -34,6 +34,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What a reduction needs to vectorise; NaN and Inf keep their meaning (no nnan, no ninf).
 FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
+JITTED = ("loops.py", "products.py", "compiled_step.py")  # what has jitted code besides the rooms
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -42,7 +44,7 @@ def cache_folder() -> str:
     """The folder of compiled loops: $NUMBA_CACHE_DIR or the user's cache, then a hash of this package's sources."""
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("ops/*/numba_cpu.py"), package / "loops.py", package / "products.py"]):
+    for path in sorted([*package.glob("ops/*/numba_cpu.py"), *map(package.joinpath, JITTED)]):
         digest.update(path.read_bytes())
     home = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     base = os.environ.get("NUMBA_CACHE_DIR") or str(Path(home, "minimoe"))

@@ -28,9 +28,12 @@ from minimoe.shapes import Array, Routing, Scalar
 
 # What a caller of the decoder needs besides it.
 __all__ = [
-    "CacheError", "CacheFullError", "Inputs", "KVCache", "Losses", "TokenError", "check_count", "check_inputs",
+    "CacheError", "CacheFullError", "Inputs", "KVCache", "Losses", "Step", "TokenError", "check_count", "check_inputs",
     "choices", "collect_routing", "decode", "forward", "loss_and_grads", "new_cache", "next_tokens",
 ]  # fmt: skip
+
+
+Step = Callable[[Int[Array, "B 1"], Int[Array, "B 1"]], Float[Array, "B V"]]  # tokens, positions -> logits
 
 
 def forward(
@@ -68,16 +71,16 @@ def decode(
     ops: Backend,
     config: ModelConfig,
     params: Params,
+    cache: KVCache,
     tokens: Int[Array, "B 1"],
     positions: Int[Array, "B 1"],
-    cache: KVCache,
 ) -> Float[Array, "B V"]:
     """One token per sequence, all of it on the device, so that it can be captured: `forward` without its checks.
 
     Parameters
     ----------
-    tokens, positions : (B, 1) on the device, valid
     cache : not empty; its `lengths`, on the host, are the caller's to keep
+    tokens, positions : (B, 1) on the device, valid
     """
     batch = _batch(ops, config, params, positions, None, cache)
     x, residual, _, _ = _blocks(ops, config, params, tokens, batch, cache)

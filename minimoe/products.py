@@ -257,13 +257,14 @@ def _scale_all(values, scale, out):
 def _round_all(x, out):
     if x.size < SMALL:
         for row in range(x.shape[0]):
-            _round_row(x[row], out[row])
+            round_row(x[row], out[row])
     else:
         for row in numba.prange(x.shape[0]):
-            _round_row(x[row], out[row])
+            round_row(x[row], out[row])
 
 
 @jit()
-def _round_row(source, target):
+def round_row(source, target):
+    """Round every number to bfloat16."""
     for i in range(len(source)):
         target[i] = rounded(source[i])

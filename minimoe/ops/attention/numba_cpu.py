@@ -12,7 +12,7 @@ backward too, are one small matrix product, `_add_columns`. A block holds the sc
 grows with S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so
 causal attention costs half.
 
-One token (decode) would leave most lanes empty: `_forward_few` takes dot products along c instead and reads every key
+One token (decode) would leave most lanes empty: `forward_few` takes dot products along c instead and reads every key
 and value once for all heads of its group.
 """
 
@@ -46,9 +46,9 @@ def forward(
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
     (B, T, H, C), K = q.shape, k.shape[2]
     q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
-    window, scale, cap = _scalars(C, window, scale, cap)
+    window, scale, cap = scalars(C, window, scale, cap)
     out, lse = np.empty(q.shape, q.dtype), np.empty((B, T, H), q.dtype)
-    run = _forward_few if T * (H // K) <= FEW_QUERIES else _forward
+    run = forward_few if T * (H // K) <= FEW_QUERIES else _forward
     run(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse)
     return out, lse
 
@@ -69,12 +69,12 @@ def backward(
     q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
     dout, out, lse = (np.ascontiguousarray(x) for x in (dout, out, lse))
     dq, dk, dv = np.empty_like(q), np.empty(k.shape, q.dtype), np.empty(v.shape, q.dtype)
-    window, scale, cap = _scalars(q.shape[3], window, scale, cap)
+    window, scale, cap = scalars(q.shape[3], window, scale, cap)
     _backward(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv)
     return dq, dk, dv
 
 
-def _scalars(C: int, window: int | None, scale: float | None, cap: float | None) -> tuple[int, float, float]:
+def scalars(C: int, window: int | None, scale: float | None, cap: float | None) -> tuple[int, float, float]:
     """Window, scale and cap of one type each, whether given or not: one compiled loop serves all."""
     scale = C**-0.5 if scale is None else float(scale)
     return UNBOUNDED if window is None else window, scale, UNCAPPED if cap is None else float(cap)
@@ -355,7 +355,7 @@ def _add_product(out, a, b):
 
 
 @jit(parallel=True)
-def _forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
+def forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
     (B, H, S, K) = q.shape[0], q.shape[2], k.shape[1], k.shape[2]
     if B * H * S * q.shape[3] < FEW_PRODUCTS:
         for item in range(B * K):

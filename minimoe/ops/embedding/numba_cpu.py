@@ -22,7 +22,7 @@ COLUMNS = 32  # per block: two cache lines of float32, so that threads do not wr
 def forward(tokens: Int[Array, " N"], table: Float[Array, "V D"]) -> Float[Array, "N D"]:
     """See the contract."""
     x = np.empty((tokens.size, table.shape[1]), np.float32 if is_bfloat16(table) else table.dtype)
-    _gather(np.ascontiguousarray(tokens, np.int64), np.ascontiguousarray(storage(table)), x)
+    gather(np.ascontiguousarray(tokens, np.int64), np.ascontiguousarray(storage(table)), x)
     return x
 
 
@@ -35,14 +35,14 @@ def backward(dx: Float[Array, "N D"], tokens: Int[Array, " N"], vocab_size: int)
 
 
 @jit(parallel=True)
-def _gather(tokens, table, x):
+def gather(tokens, table, x):
     N, D = x.shape
     if N * D < SMALL:
         for n in range(N):
             _copy_row(tokens, table, n, x)
     else:
         for n in prange(N):
-            _copy_row(tokens, table, n, x)
+            _copy_row(tokens, table, np.int64(n), x)  # prange counts unsigned: that would be compiled anew
 
 
 @jit()

@@ -45,14 +45,14 @@ def forward(
     (N, D), k, F, gelu = x.shape, ids.shape[1], w1[0].shape[0], activation == "gelu_tanh"
     x = operand(x, w1[0])
     weights = np.ascontiguousarray(weights, x.dtype)
-    pairs, offsets, place = _dispatch(np.ascontiguousarray(ids), len(w1))
+    pairs, offsets, place = dispatch(np.ascontiguousarray(ids), len(w1))
     out = np.empty((N, D), x.dtype)
     slots = np.empty((N, k, D) if keep else (0, k, D), x.dtype)
     # Few tokens choose few experts; only of these are the weights touched.
     chosen = [e for e, _ in _segments(offsets)] if N <= FEW_ROWS else []
     views = [w[e] for w in (w1, w2, w3) for e in chosen]
     if N <= FEW_ROWS and _alike(x, views):
-        gate_in, up, ys = _few(x, views, F, pairs, offsets, k, gelu)
+        gate_in, up, ys = _forward_few(x, views, np.array(chosen, np.int64), F, pairs, offsets, k, gelu)
     else:
         xs = np.empty((len(pairs), D), x.dtype)
         _gather(x, pairs, k, xs)  # (N, D) -> (M, D)
@@ -64,7 +64,7 @@ def forward(
         _activate(gate_in, up, gelu, is_bfloat16(w2[0]), hidden)
         ys = xs  # xs is read no more, and has the shape of the results
         compute([Product([(hidden[rows], w2[e].T)], ys[rows]) for e, rows in segments])  # (M_e, F) -> (M_e, D)
-    _combine(ys, place, weights, out, slots)
+    combine(ys, place, weights, out, slots)
     return out, Saved(pairs, offsets, gate_in, up, slots) if keep else None
 
 
@@ -128,9 +128,10 @@ def _alike(x: Float[Array, "N D"], views: list[Array]) -> bool:
     return suits and all(w.dtype == dtype and (isinstance(w, Int8) or w.flags.c_contiguous) for w in views)
 
 
-def _few(
+def _forward_few(
     x: Float[Array, "N D"],
     views: list[Array],
+    chosen: Int[Array, " C"],
     F: int,
     pairs: Int[Array, " M"],
     offsets: Int[Array, " E+1"],
@@ -145,48 +146,51 @@ def _few(
         table = np.array([[address(w) for w, _ in held], [address(scale) for _, scale in held]], np.int64)
         dtype = storage(held[0][0]).dtype
         table = table.reshape(2, 3, -1)
-        _experts_few(x, table, dtype, gelu, is_bfloat16(views[0]), pairs, offsets, k, gate_in, up, hidden, ys)
+        few(x, table, chosen, dtype, gelu, is_bfloat16(views[0]), pairs, offsets, k, gate_in, up, hidden, ys)
     return gate_in, up, ys
 
 
 @jit(parallel=True)
-def _experts_few(x, table, dtype, gelu, bf16, pairs, offsets, k, gate_in, up, hidden, ys):
+def few(x, table, listed, dtype, gelu, bf16, pairs, offsets, k, gate_in, up, hidden, ys):
     """A work item is a block of ROWS rows.
 
-    `table` (2, 3, chosen): where w1, w2 and w3 of each chosen expert lie, and the scales of their rows (0 = none).
+    `table` (2, 3, listed): where w1, w2 and w3 of each expert of the list lie, and the scales of their rows (0 = none).
     """
     (M, F), D = gate_in.shape, x.shape[1]
-    segments = np.empty((table.shape[2], 2), np.int64)  # the rows of each chosen expert
+    segments = np.empty(
+        (len(listed), 3), np.int64
+    )  # of the experts that have tokens: place in the list, first row, end
     chosen = 0
-    for e in range(len(offsets) - 1):
-        if offsets[e + 1] > offsets[e]:
-            segments[chosen, 0], segments[chosen, 1] = offsets[e], offsets[e + 1]
+    for i in range(len(listed)):
+        start, stop = offsets[listed[i]], offsets[listed[i] + 1]
+        if stop > start:
+            segments[chosen, 0], segments[chosen, 1], segments[chosen, 2] = i, start, stop
             chosen += 1
     ups, downs = (F + ROWS - 1) // ROWS, (D + ROWS - 1) // ROWS
     if 3 * M * F * D < FEW_PRODUCTS:
         for i in range(chosen * ups):
             start = ROWS * (i % ups)
-            _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments, k, i // ups, start, gate_in, up, hidden)
+            _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments[i // ups], k, start, gate_in, up, hidden)
         for i in range(chosen * downs):
-            _output_rows(table, dtype, segments, i // downs, ROWS * (i % downs), hidden, ys)
+            _output_rows(table, dtype, segments[i // downs], ROWS * (i % downs), hidden, ys)
     else:
         for item in numba.prange(chosen * ups):
             block = np.int64(item)  # prange counts unsigned
             start = ROWS * (block % ups)
-            _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments, k, block // ups, start, gate_in, up, hidden)
+            _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments[block // ups], k, start, gate_in, up, hidden)
         for item in numba.prange(chosen * downs):
             block = np.int64(item)
-            _output_rows(table, dtype, segments, block // downs, ROWS * (block % downs), hidden, ys)
+            _output_rows(table, dtype, segments[block // downs], ROWS * (block % downs), hidden, ys)
 
 
 @jit()
-def _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments, k, i, start, gate_in, up, hidden):
-    """ROWS rows from `start` of w1, then of w3, of chosen expert i, for all its tokens."""
-    F, D = gate_in.shape[1], x.shape[1]
+def _hidden_rows(x, table, dtype, gelu, bf16, pairs, segment, k, start, gate_in, up, hidden):
+    """ROWS rows from `start` of w1, then of w3, of one expert, for all its tokens."""
+    F, D, i = gate_in.shape[1], x.shape[1], segment[0]
     w1 = numba.carray(pointer(np.uintp(table[0, 0, i])), (F, D), dtype)
     w3 = numba.carray(pointer(np.uintp(table[0, 2, i])), (F, D), dtype)
     stop = min(start + ROWS, F)
-    for row in range(segments[i, 0], segments[i, 1]):
+    for row in range(segment[1], segment[2]):
         xe, g, u, h = x[pairs[row] // k], gate_in[row], up[row], hidden[row]
         dots(xe, w1, table[1, 0, i], start, stop, g)
         dots(xe, w3, table[1, 2, i], start, stop, u)
@@ -194,16 +198,16 @@ def _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments, k, i, start, gate
 
 
 @jit()
-def _output_rows(table, dtype, segments, i, start, hidden, ys):
-    """ROWS rows from `start` of w2 of chosen expert i, for all its tokens."""
-    F, D = hidden.shape[1], ys.shape[1]
+def _output_rows(table, dtype, segment, start, hidden, ys):
+    """ROWS rows from `start` of w2 of one expert, for all its tokens."""
+    F, D, i = hidden.shape[1], ys.shape[1], segment[0]
     w2 = numba.carray(pointer(np.uintp(table[0, 1, i])), (D, F), dtype)
-    for row in range(segments[i, 0], segments[i, 1]):
+    for row in range(segment[1], segment[2]):
         dots(hidden[row], w2, table[1, 1, i], start, min(start + ROWS, D), ys[row])
 
 
 @jit()
-def _dispatch(ids, E):
+def dispatch(ids, E):
     """Counting sort: the pairs n·k + slot by expert, the bounds of the segments, and each pair's row (-1 = none)."""
     N, k = ids.shape
     offsets = np.zeros(E + 1, np.int64)
@@ -297,14 +301,14 @@ def _activate_row_backward(g, u, gelu, dh, h, dg):
 
 
 @jit(parallel=True)
-def _combine(ys, place, weights, out, slots):
+def combine(ys, place, weights, out, slots):
     """Weighted sum over k in slot order; keeps the slots too where there is room for them."""
     if ys.size < SMALL:
         for n in range(len(place)):
             _combine_token(ys, place, weights, out, slots, n)
     else:
         for n in numba.prange(len(place)):
-            _combine_token(ys, place, weights, out, slots, n)
+            _combine_token(ys, place, weights, out, slots, np.int64(n))
 
 
 @jit()

@@ -32,7 +32,7 @@ def forward(
     x = operand(x, gate)
     if N <= FEW_ROWS and (gate.dtype == x.dtype or is_bfloat16(gate)):
         logits = np.empty((N, E), x.dtype)
-        _logits(x, storage(np.ascontiguousarray(gate)), logits)
+        few_logits(x, storage(np.ascontiguousarray(gate)), logits)
     else:
         logits = multiply(x, gate.T)  # (N, D) -> (N, E)
     forced = ids is not None
@@ -40,7 +40,7 @@ def forward(
     weights = np.empty(ids.shape, logits.dtype)
     active = np.ones(N, np.bool_) if active is None else np.ascontiguousarray(active, np.bool_)
     allowed = np.ones(E, np.bool_) if allowed is None else np.ascontiguousarray(allowed, np.bool_)
-    _choose_all(logits, allowed, active, forced, renormalise, ids, weights)
+    choose_all(logits, allowed, active, forced, renormalise, ids, weights)
     return logits, ids, weights
 
 
@@ -65,7 +65,7 @@ def backward(
 
 
 @jit()
-def _logits(x, gate, logits):
+def few_logits(x, gate, logits):
     N, E = logits.shape
     for e in range(0, E, 4):
         for n in range(N):
@@ -75,7 +75,7 @@ def _logits(x, gate, logits):
 
 
 @jit(parallel=True)
-def _choose_all(logits, allowed, active, forced, renormalise, ids, weights):
+def choose_all(logits, allowed, active, forced, renormalise, ids, weights):
     N = len(logits)
     if N < MANY_TOKENS:
         for n in range(N):

@@ -28,12 +28,12 @@ def forward(
 ) -> None:
     """See the contract."""
     new_k, new_v = storage(np.ascontiguousarray(k)), storage(np.ascontiguousarray(v))
-    _write(storage(k_cache), storage(v_cache), new_k, new_v, np.ascontiguousarray(positions, np.int64))
+    write(storage(k_cache), storage(v_cache), new_k, new_v, np.ascontiguousarray(positions, np.int64))
 
 
 def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> None:
     """See the contract."""
-    _write_positions(cache_positions, np.ascontiguousarray(positions, np.int64))
+    write_all_positions(cache_positions, np.ascontiguousarray(positions, np.int64))
 
 
 def backward(
@@ -69,7 +69,7 @@ def _oldest_kept(positions, b, R):
 
 
 @jit(parallel=True)
-def _write(k_cache, v_cache, k, v, positions):
+def write(k_cache, v_cache, k, v, positions):
     B, T, _, _ = k.shape
     if k.size < SMALL:
         for b in range(B):
@@ -80,7 +80,7 @@ def _write(k_cache, v_cache, k, v, positions):
         for b in range(B):
             oldest = _oldest_kept(positions, b, k_cache.shape[1])
             for t in prange(T):
-                _write_token(k_cache, v_cache, k, v, positions, b, t, oldest)
+                _write_token(k_cache, v_cache, k, v, positions, b, np.int64(t), oldest)
 
 
 @jit()
@@ -96,7 +96,7 @@ def _write_token(k_cache, v_cache, k, v, positions, b, t, oldest):
 
 
 @jit()
-def _write_positions(cache_positions, positions):
+def write_all_positions(cache_positions, positions):
     B, T = positions.shape
     R = cache_positions.shape[1]
     for b in range(B):
@@ -118,7 +118,7 @@ def _take(dk_cache, dv_cache, dk, dv, positions):
         for b in range(B):
             oldest = _oldest_kept(positions, b, dk_cache.shape[1])
             for t in prange(T):
-                _take_token(dk_cache, dv_cache, dk, dv, positions, b, t, oldest)
+                _take_token(dk_cache, dv_cache, dk, dv, positions, b, np.int64(t), oldest)
 
 
 @jit()

@@ -59,7 +59,7 @@ def _forward_few(
     held = [parts(w) for w in weights]  # addresses keep nothing alive
     table = np.array([(address(w), address(scale), len(w)) for w, scale in held], np.int64)
     out = np.empty(N * int(table[:, 2].sum()), x.dtype)
-    _few(x, table, storage(held[0][0][:0]).dtype, bf16, out)
+    few(x, table, storage(held[0][0][:0]).dtype, bf16, out)
     ys, start = [], 0
     for w in weights:
         ys.append(out[start : start + N * len(w)].reshape(N, len(w)))
@@ -68,7 +68,7 @@ def _forward_few(
 
 
 @jit(parallel=True)
-def _few(x, table, dtype, bf16, out):
+def few(x, table, dtype, bf16, out):
     if bf16:
         x = x.copy()
         for n in range(x.shape[0]):

@@ -21,14 +21,12 @@ def forward(
     x: Float[Array, "N D"], weight: Float[Array, " D"], eps: float, residual: Float[Array, "N D"] | None = None
 ) -> tuple[Float[Array, "N D"], Float[Array, "N D"], Float[Array, " N"]]:
     """See the contract."""
-    if residual is not None:
-        residual = np.ascontiguousarray(residual)
-    y = np.empty(x.shape, x.dtype)
-    h = x if residual is None else np.empty(x.shape, x.dtype)
-    r = np.empty(x.shape[0], x.dtype)
     rows = np.ascontiguousarray(x)
-    _forward(rows, residual, np.ascontiguousarray(storage(weight)), eps, y, rows if residual is None else h, r)
-    return y, h, r
+    added = rows[:0] if residual is None else np.ascontiguousarray(residual)
+    y, r = np.empty(x.shape, x.dtype), np.empty(x.shape[0], x.dtype)
+    h = rows if residual is None else np.empty(x.shape, x.dtype)
+    norm_rows(rows, added, np.ascontiguousarray(storage(weight)), eps, y, h, r)
+    return y, x if residual is None else h, r
 
 
 def backward(
@@ -43,26 +41,22 @@ def backward(
     dx = np.empty((N, D), h.dtype)
     partial = np.zeros(((N + ROWS - 1) // ROWS, D), h.dtype)
     dweight = np.zeros(D, h.dtype)
-    if dh is not None:
-        dh = np.ascontiguousarray(dh)
     dy, h, r = np.ascontiguousarray(dy), np.ascontiguousarray(h), np.ascontiguousarray(r)
+    dh = h[:0] if dh is None else np.ascontiguousarray(dh)
     _backward(dy, h, np.ascontiguousarray(storage(weight)), r, dh, dx, partial, dweight)
     return dx, dweight
 
 
 @jit(parallel=True)
-def _forward(x, residual, weight, eps, y, h, r):
+def norm_rows(x, residual, weight, eps, y, h, r):
+    """h = x + residual; without one (no rows) h is x already."""
     N, D = x.shape
     if N * D < SMALL:
         for n in range(N):
-            if residual is not None:
-                _add_row(x, residual, n, h)
-            _normalise_row(h, weight, eps, n, y, r)
+            _norm_row(x, residual, weight, eps, n, y, h, r)
     else:
         for n in prange(N):
-            if residual is not None:
-                _add_row(x, residual, n, h)
-            _normalise_row(h, weight, eps, n, y, r)
+            _norm_row(x, residual, weight, eps, np.int64(n), y, h, r)  # prange counts unsigned: compiled anew
 
 
 @jit()
@@ -72,8 +66,10 @@ def _add_row(x, residual, n, h):
 
 
 @jit(fastmath=FAST)
-def _normalise_row(h, weight, eps, n, y, r):
+def _norm_row(x, residual, weight, eps, n, y, h, r):
     D = h.shape[1]
+    if len(residual) > 0:
+        _add_row(x, residual, n, h)
     square = h.dtype.type(0)
     for d in range(D):
         square += h[n, d] * h[n, d]
@@ -85,23 +81,26 @@ def _normalise_row(h, weight, eps, n, y, r):
 
 @jit(parallel=True)
 def _backward(dy, h, weight, r, dh, dx, partial, dweight):
+    """`dh` has no rows where there is none."""
     N, D = h.shape
     blocks = partial.shape[0]
     if N * D < SMALL:
         for block in range(blocks):
-            for n in range(block * ROWS, min(N, (block + 1) * ROWS)):
-                _backward_row(dy, h, weight, r, n, dx, partial, block)
-                if dh is not None:
-                    _add_row(dx, dh, n, dx)
+            _backward_block(dy, h, weight, r, dh, dx, partial, block)
     else:
         for block in prange(blocks):
-            for n in range(block * ROWS, min(N, (block + 1) * ROWS)):
-                _backward_row(dy, h, weight, r, n, dx, partial, block)
-                if dh is not None:
-                    _add_row(dx, dh, n, dx)
+            _backward_block(dy, h, weight, r, dh, dx, partial, np.int64(block))
     for block in range(blocks):
         for d in range(D):
             dweight[d] += partial[block, d]
+
+
+@jit()
+def _backward_block(dy, h, weight, r, dh, dx, partial, block):
+    for n in range(block * ROWS, min(len(h), (block + 1) * ROWS)):
+        _backward_row(dy, h, weight, r, n, dx, partial, block)
+        if len(dh) > 0:
+            _add_row(dx, dh, n, dx)
 
 
 @jit(fastmath=FAST)

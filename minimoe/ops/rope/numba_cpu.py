@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,20 @@ def table(
     positions: Int[Array, " N"], head_dim: int, theta: float, dtype: Any
 ) -> tuple[Float[Array, "N c"], Float[Array, "N c"]]:
     """See the contract. Made once per call of the model and shared by its layers, so not worth a loop of its own."""
-    i = np.arange(head_dim // 2, dtype=np.float64)
-    frequency = theta ** (-2 * i / head_dim)  # (c,)
-    angle = positions[:, None].astype(np.float64) * frequency  # (N,) -> (N, c)
+    angle = positions[:, None].astype(np.float64) * _frequency(head_dim, theta)  # (N,) -> (N, c)
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+
+
+@cache
+def _frequency(head_dim: int, theta: float) -> Float[Array, " c"]:
+    i = np.arange(head_dim // 2, dtype=np.float64)
+    return theta ** (-2 * i / head_dim)
 
 
 def forward(x: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array, "N c"]) -> Float[Array, "N H C"]:
     """See the contract."""
     y = np.empty(x.shape, x.dtype)
-    _rotate(np.ascontiguousarray(x), np.ascontiguousarray(cos), np.ascontiguousarray(sin), y)
+    rotate(np.ascontiguousarray(x), np.ascontiguousarray(cos), np.ascontiguousarray(sin), y)
     return y
 
 
@@ -38,14 +43,14 @@ def backward(dy: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Arr
 
 
 @jit(parallel=True)
-def _rotate(x, cos, sin, y):
+def rotate(x, cos, sin, y):
     N = x.shape[0]
     if x.size < SMALL:
         for n in range(N):
             _rotate_token(x, cos, sin, n, y)
     else:
         for n in prange(N):
-            _rotate_token(x, cos, sin, n, y)
+            _rotate_token(x, cos, sin, np.int64(n), y)  # prange counts unsigned: that would be compiled anew
 
 
 @jit()
