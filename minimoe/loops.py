@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What a reduction needs to vectorise; NaN and Inf keep their meaning (no nnan, no ninf).
 FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
+CACHED = 1 << 20  # bytes of a matrix that a core finds in its own cache from one token to the next
 JITTED = ("loops.py", "products.py", "compiled_step.py")  # what has jitted code besides the rooms
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -180,7 +181,7 @@ def _tanh_float32(x):
 
 @jit(fastmath=FAST)
 def four_dots(x, w0, w1, w2, w3):
-    """x · w0, ..., x · w3. Four rows at a time keep enough reads in flight to use the memory's bandwidth."""
+    """x · w0, ..., x · w3."""
     y0 = y1 = y2 = y3 = x.dtype.type(0)
     for i in range(x.shape[0]):
         y0 += widen(w0[i]) * x[i]
@@ -188,13 +189,6 @@ def four_dots(x, w0, w1, w2, w3):
         y2 += widen(w2[i]) * x[i]
         y3 += widen(w3[i]) * x[i]
     return y0, y1, y2, y3
-
-
-@jit(inline="always")
-def dot_rows(x, w, row):
-    """x · w[row], ..., x · w[row + 3]; the last row stands for those past the end."""
-    last = w.shape[0] - 1
-    return four_dots(x, w[row], w[min(row + 1, last)], w[min(row + 2, last)], w[min(row + 3, last)])
 
 
 @intrinsic
@@ -212,23 +206,35 @@ def _prefetch(typingctx, place):
     return types.void(types.uintp), codegen
 
 
-@jit()
+@jit(fastmath=FAST)
 def dots(x, w, scale, start, stop, out):
-    """out[row] = x · w[row] for the rows start .. stop - 1, four at a time, where they are read from memory.
+    """out[row] = x · w[row] for the rows start .. stop - 1, four at a time.
 
-    `scale` is the address of the rows' float32 scales (int8), or 0. While four rows are read the next four are asked
-    for: rows of a few KiB end before the processor sees where the reading goes. On one core, rows of 1,024 weights:
-    20 GB/s became 25 in int8, 21 became 27 in bfloat16, 31 became 36 in float32. Two matrices read in turn, four rows
-    of each, reached 10, 17 and 29 without it, so many rows of one should come before those of the other.
+    `scale` is the address of the rows' float32 scales (int8), or 0. Four rows at a time keep enough reads in flight to
+    use the memory's bandwidth. While they are read the next four are asked for, unless the matrix lies in a cache:
+    rows of a few KiB end before the processor sees where the reading goes. On one core, rows of 1,024 weights: 20 GB/s
+    became 25 in int8, 21 became 27 in bfloat16, 31 became 36 in float32. Two matrices read in turn, four rows of each,
+    reached 10, 17 and 29 without it, so many rows of one should come before those of the other.
     """
     size = w.shape[1] * w.itemsize
-    for row in range(start, stop, 4):
-        ahead = w.ctypes.data + (row + 4) * size
-        for at in range(0, min(4, w.shape[0] - row - 4) * size, 64):
-            _prefetch(np.uintp(ahead + at))
-        four = dot_rows(x, w, row)
-        for i in range(min(4, stop - row)):
-            out[row + i] = four[i]
+    fours = start + (stop - start) // 4 * 4
+    for row in range(start, fours, 4):
+        if w.shape[0] * size > CACHED:
+            ahead = w.ctypes.data + (row + 4) * size
+            for at in range(0, min(4, w.shape[0] - row - 4) * size, 64):
+                _prefetch(np.uintp(ahead + at))
+        y0 = y1 = y2 = y3 = x.dtype.type(0)
+        for i in range(x.shape[0]):
+            y0 += widen(w[row, i]) * x[i]
+            y1 += widen(w[row + 1, i]) * x[i]
+            y2 += widen(w[row + 2, i]) * x[i]
+            y3 += widen(w[row + 3, i]) * x[i]
+        out[row], out[row + 1], out[row + 2], out[row + 3] = y0, y1, y2, y3
+    for row in range(fours, stop):
+        y = x.dtype.type(0)
+        for i in range(x.shape[0]):
+            y += widen(w[row, i]) * x[i]
+        out[row] = y
     if scale != 0:
         factors = numba.carray(pointer(np.uintp(scale)), (w.shape[0],), np.float32)
         for row in range(start, stop):

@@ -254,7 +254,7 @@ def test_after_an_error_during_an_answer_everything_is_read_anew(monkeypatch):
     pieces = conversation.chat(messages, max_new_tokens=10, stream=True)
     next(pieces)
     with monkeypatch.context() as patch:
-        patch.setattr("minimoe.mixtral.decode", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("minimoe.generate.Decoding.logits", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             list(pieces)
     assert conversation.chat(messages, max_new_tokens=10) == one.chat(messages, max_new_tokens=10)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import dot_rows, exp, jit, storage
+from minimoe.loops import dots, exp, jit, storage
 from minimoe.products import Product, compute, multiply, operand
 from minimoe.shapes import Array
 
@@ -66,12 +66,8 @@ def backward(
 
 @jit()
 def few_logits(x, gate, logits):
-    N, E = logits.shape
-    for e in range(0, E, 4):
-        for n in range(N):
-            four = dot_rows(x[n], gate, e)
-            for i in range(4):
-                logits[n, min(e + i, E - 1)] = four[i]
+    for n in range(len(x)):
+        dots(x[n], gate, 0, 0, len(gate), logits[n])
 
 
 @jit(parallel=True)
