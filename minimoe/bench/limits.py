@@ -20,6 +20,7 @@ from minimoe.bench.device import GpuProbe
 from minimoe.checkpoint.memory import require_memory
 from minimoe.loops import FAST, jit
 from minimoe.products import Product, compute
+from minimoe.quantized import quantize
 from minimoe.shapes import Array
 from minimoe.threads import use
 
@@ -49,7 +50,8 @@ class CpuProbe:
         self._total = self._read.sum(dtype=np.float64)
         self._sums = np.zeros(_PARTS, np.float32)
         self._left, right = rng.standard_normal((2, SIDE, SIDE), np.float32)
-        self._right = {"float32": right, "float64": right.astype(np.float64), "bfloat16": right.astype(BFLOAT16)}
+        self._right = {"float32": right, "float64": right.astype(np.float64)}
+        self._narrow = {"bfloat16": right.astype(BFLOAT16).T, "int8": quantize(right).T}
         self._left64 = self._left.astype(np.float64)
         self.bandwidth()  # compiles
 
@@ -62,16 +64,14 @@ class CpuProbe:
     def rate(self, dtype: str) -> float:
         """Multiply twice each way there is; the fastest time counts.
 
-        Weights in bfloat16 have two ways: widened by us, or, where a model would keep them so, as float32 by BLAS.
+        Narrow weights have two ways: widened by us, or, where a model would keep them so, as float32 by BLAS.
         """
         left = self._left64 if dtype == "float64" else self._left
         out = np.empty((SIDE, SIDE), left.dtype)
-        right = self._right[dtype]
-        if dtype == "bfloat16":
-            times = [_timed(lambda: compute([Product([(left, right.T)], out)])) for _ in range(2)]
-            times += [_timed(lambda: np.matmul(left, self._right["float32"].T, out=out)) for _ in range(2)]
-        else:
-            times = [_timed(lambda: np.matmul(left, right.T, out=out)) for _ in range(3)]
+        right = self._right.get(dtype, self._right["float32"])
+        times = [_timed(lambda: np.matmul(left, right.T, out=out)) for _ in range(3)]
+        if dtype in self._narrow:
+            times += [_timed(lambda: compute([Product([(left, self._narrow[dtype])], out)])) for _ in range(2)]
         return 2 * SIDE**3 / min(times)
 
 

@@ -14,11 +14,13 @@ from minimoe import checkpoint
 from minimoe.arrays import BFLOAT16
 from minimoe.bench import device
 from minimoe.config import PRESETS, ConfigError, ModelConfig
-from minimoe.params import Params, random, stack_experts
+from minimoe.params import Params, quantized, random, stack_experts
 
 SEED = 0
 USUAL = ("prefill", "decode", "first-token")  # what is measured of a model
-DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64), "bfloat16": BFLOAT16}
+DTYPES = {
+    "float32": np.dtype(np.float32), "float64": np.dtype(np.float64), "bfloat16": BFLOAT16, "int8": np.dtype(np.int8),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ _MEDIUM = ModelConfig(
 
 BENCHMARKS: dict[str, Preset] = {
     "tiny": Preset(PRESETS["tiny"], ("float32",), 128, (*USUAL, "train")),
-    "medium": Preset(_MEDIUM, ("float32", "bfloat16"), 512, USUAL),
+    "medium": Preset(_MEDIUM, ("float32", "bfloat16", "int8"), 512, USUAL),
     "mixtral-2-layers": Preset(
         PRESETS["mixtral-8x7b"].replace(num_layers=2), ("bfloat16",), 128, ("decode",), mapped=True
     ),
@@ -103,10 +105,12 @@ class Source:
         """Make the weights: in memory, experts stacked or in a list, mapped from the folder, or on the device."""
         if self.on_device:
             return device.draw(self.config, SEED, kind(self.dtype))
+        int8 = self.dtype == "int8"
         if self.folder is not None:
-            return checkpoint.load_params(self.folder, kind(self.dtype))[1]
+            held = checkpoint.load_params(self.folder, None if int8 else kind(self.dtype))[1]
+            return quantized(held) if int8 else held
         checkpoint.check_memory(self.config, kind(self.dtype))
-        drawn = random(self.config, SEED, kind(self.dtype))
+        drawn = random(self.config, SEED, "int8" if int8 else kind(self.dtype))
         return stack_experts(drawn) if stacked else drawn
 
     def written(self, folder: Path) -> Source:

@@ -97,6 +97,8 @@ def _sources(order: Order, preset: Preset) -> list[Source]:
             raise ValueError(f"--{name}: the {name} of a folder are given; choose a --preset")
     if preset.on_device and any(make_backend(name).name != "cuda" for name in order.backends):
         raise ValueError(f"--preset {order.preset}: its weights are drawn on the device: choose --backend cuda alone")
+    if "int8" in (order.dtypes or ()):
+        _check_int8(order, preset)
     config = preset.config if order.layers is None else with_layers(preset.config, order.layers)
     configs = [with_experts(config, E) for E in order.experts] if order.experts else [config]
     found = [(c, dtype) for c in configs for dtype in order.dtypes or preset.dtypes if kind(dtype)]
@@ -104,6 +106,15 @@ def _sources(order: Order, preset: Preset) -> list[Source]:
         room = _device_memory() / (3 if order.peers else 1)  # theirs are as large, and made from as many again
         found = [(that_fit(c, dtype, room), dtype) for c, dtype in found]
     return [Source(c, dtype, order.folder, preset.on_device) for c, dtype in found]
+
+
+def _check_int8(order: Order, preset: Preset) -> None:
+    if any(make_backend(name).name == "cuda" for name in order.backends):
+        raise ValueError("--dtype int8: is for the CPU: the cuda backend has no kernels for it")
+    if preset.mapped and order.folder is None:
+        raise ValueError(f"--dtype int8: no checkpoint holds it, and --preset {order.preset} is mapped from one")
+    if "train" in (order.what or preset.what):
+        raise ValueError("--dtype int8: is for inference: choose --what without train")
 
 
 def _device_memory() -> float:

@@ -112,15 +112,16 @@ def goals(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def ratios(results: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """How much faster bfloat16 is than float32, where both were measured."""
+    """How much faster bfloat16 is than float32, and int8 than bfloat16, where both were measured."""
     keys = ("what", "backend", "batch", "context", "experts")
-    float32 = {tuple(e[key] for key in keys): e for e in results if e["dtype"] == "float32"}
+    wider = {"bfloat16": "float32", "int8": "bfloat16"}
+    found = {(e["dtype"], *(e[key] for key in keys)): e for e in results}
     for entry in results:
-        other = float32.get(tuple(entry[key] for key in keys))
-        if entry["dtype"] == "bfloat16" and other is not None:
+        other = found.get((wider.get(entry["dtype"]), *(entry[key] for key in keys)))
+        if other is not None:
             factor = other["seconds"]["median"] / entry["seconds"]["median"]
             named = f"{entry['what']} on {entry['backend']}, batch {entry['batch']}, context {entry['context']}"
-            yield f"bfloat16 is {factor:.2f} times as fast as float32: {named}"
+            yield f"{entry['dtype']} is {factor:.2f} times as fast as {other['dtype']}: {named}"
 
 
 def op_rows(document: Mapping[str, Any]) -> list[Row]:

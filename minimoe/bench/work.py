@@ -66,6 +66,7 @@ class Pass:
     held : tokens of each sequence that are in the cache before
     chosen : experts that were chosen at all, layer by layer
     stored : bytes of a weight, and of a cached number
+    int8 : whether the matrices of linear maps and experts are stored in int8 instead
     last_only : whether logits are made for the last position of each sequence only
     """
 
@@ -75,6 +76,7 @@ class Pass:
     chosen: Sequence[int]
     stored: int
     last_only: bool = True
+    int8: bool = False
 
     def cost(self, config: ModelConfig, step: Step) -> Cost:
         """Count one op call; attention's bytes include the cache it reads."""
@@ -84,7 +86,7 @@ class Pass:
         experts = 1 if step.layer is None else self.chosen[step.layer]
         count = schedule.cost(
             config, step, B, T, visible=self.visible(config), experts=experts, stored=self.stored,
-            computed=max(self.stored, 4),
+            computed=max(self.stored, 4), int8=self.int8,
         )  # fmt: skip
         return count + Cost(0, self.cached(config)) if step.room == "attention" else count
 
@@ -108,8 +110,8 @@ class Pass:
         """Bytes of the weights of one call: what vanishes if weights take no room."""
         experts = 1 if step.layer is None else self.chosen[step.layer]
         with_them, without = (
-            schedule.cost(config, step, self.batch, self.tokens, visible=0, experts=experts, stored=stored)
-            for stored in (self.stored, 0)
+            schedule.cost(config, step, self.batch, self.tokens, visible=0, experts=experts, stored=stored, int8=int8)
+            for stored, int8 in ((self.stored, self.int8), (0, False))
         )
         return with_them.bytes - without.bytes
 

@@ -107,8 +107,8 @@ class Ours(ABC):
 
     def passes(self, tokens: int, held: int, routed: Any, last_only: bool = True) -> Pass:
         """Describe a forward pass of this model for counting."""
-        itemsize = self.params.layers[0].attention.wq.dtype.itemsize
-        return Pass(len(self.task.prompt), tokens, held, experts_chosen(routed), itemsize, last_only)
+        stored, int8 = np.dtype(self.params.dtype).itemsize, self.params.storage == "int8"
+        return Pass(len(self.task.prompt), tokens, held, experts_chosen(routed), stored, last_only, int8)
 
 
 class Prefill(Ours):
@@ -168,10 +168,14 @@ class Decode(Ours):
     def __post_init__(self) -> None:
         (B, T), n = self.task.prompt.shape, self.task.following.shape[1]
         self._cache = mixtral.new_cache(self.ops, self.config, self.params, B, T + n)
-        read_prompt(self, self._cache)
+        self._fill()
         self._decoding = Decoding(self.ops, self.config, self.params, self._cache)
         if self._cache.positions.shape[1] < T + n:
             raise ValueError(f"decode: prompt and new tokens, {T + n}, exceed the sliding window: lower --context")
+
+    def _fill(self) -> None:
+        """Put the prompt into the cache."""
+        read_prompt(self, self._cache)
 
     @property
     def tokens(self) -> int:
@@ -189,7 +193,9 @@ class Decode(Ours):
 
     def _follow(self, i: int) -> Array:
         """(B, V) logits of one step."""
-        return self._decoding.logits(self.task.following[:, i])
+        if self.ops.graphs:
+            return self._decoding.logits(self.task.following[:, i])
+        return self._step(i)[0][:, 0]  # op by op, for whoever times them
 
     def run(self) -> float:
         """Decode all tokens; return the seconds of one step."""

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from minimoe.bench import report
+from minimoe.bench import growth, report
 from minimoe.bench.models import BENCHMARKS, DTYPES
 from minimoe.bench.plan import Order, check
 from minimoe.bench.run import run as measure
@@ -40,6 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", metavar="NAME", help="transformers: the same weights and inputs, in turn", **several)
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the results as JSON")
     parser.add_argument("--figure", type=Path, metavar="PATH", help="draw the roofline of every op (.png, .pdf, .svg)")
+    parser.add_argument(
+        "--growth", type=Path, metavar="PATH",
+        help="draw how a decoding step grows with experts, chosen experts, context and batch; sizes of its own",
+    )  # fmt: skip
     add_json(parser)
 
 
@@ -47,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     """Carry out `minimoe bench`; the status is 1 where an answer was wrong."""
     if args.preset is not None and args.model is not None:
         raise ValueError(f"--preset {args.preset} and --model {args.model} exclude each other")
+    if args.growth is not None:
+        return _growth(args)
     order = _order(args)
     check(order)
     if args.figure is not None:
@@ -67,6 +73,40 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(report.right(entry) for entry in document["results"]) else 1
 
 
+def _growth(args: argparse.Namespace) -> int:
+    """Measure the four curves, instead of a model's tasks."""
+    own = ("preset", "model", "batch", "context", "experts", "layers", "what", "peers", "figure")
+    if given := [name for name in own if getattr(args, name) is not None]:
+        raise ValueError(f"--growth has sizes and tasks of its own: leave out --{given[0]}")
+    order = Order(
+        backends=_once(args.backend) or ("numba",), dtypes=_once(args.dtype) or ("float32",), rounds=args.rounds,
+        threads=args.threads, what=("decode",),
+    )  # fmt: skip
+    check(order)
+    if len(order.backends) > 1 or len(order.dtypes or ()) > 1:
+        raise ValueError("--growth measures one backend and one dtype")
+    check_writable(args.growth, FIGURE_TYPES)
+    if args.out is not None:
+        check_writable(args.out, (".json",))
+    document = growth.run(order, _progress())
+    document |= {"command": _command(args), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    if args.out is not None:
+        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    from minimoe.plots import cost_growth
+
+    where = f"{document['machine']['processor']}, {document['threads']} threads, {document['backend']}"
+    title = f"What a decoding step costs: {document['dtype']}, {where}"
+    cost_growth(document["points"], title=title).savefig(args.growth)
+    if args.json:
+        print_json(document)
+    else:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(table(growth.HEAD, growth.rows(document["points"])))
+    note(f"wrote {args.growth}")
+    return 0
+
+
 def _order(args: argparse.Namespace) -> Order:
     return Order(
         preset=None if args.model is not None else args.preset or "tiny", folder=args.model,
@@ -85,7 +125,20 @@ def _once(values: list[Any] | None) -> list[Any] | None:
 def _command(args: argparse.Namespace) -> str:
     """The command as it would be typed again; where results are kept is left out."""
     words = ["minimoe", "bench"]
-    flags = ("preset", "model", "backend", "dtype", "batch", "context", "experts", "layers", "what", "threads", "peers")
+    flags = (
+        "preset",
+        "model",
+        "backend",
+        "dtype",
+        "batch",
+        "context",
+        "experts",
+        "layers",
+        "what",
+        "threads",
+        "peers",
+        "growth",
+    )
     for name in flags:
         value = getattr(args, name)
         if value is not None:

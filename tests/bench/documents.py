@@ -8,7 +8,7 @@ SUMMARY = {
 }
 ABOUT = {
     "backend": {"enum": ["numpy", "numba", "cuda"]},
-    "dtype": {"enum": ["float32", "float64", "bfloat16"]},
+    "dtype": {"enum": ["float32", "float64", "bfloat16", "int8"]},
     "batch": {"type": "integer", "minimum": 1},
     "context": {"type": "integer", "minimum": 1},
     "layers": {"type": "integer", "minimum": 1},

@@ -66,6 +66,23 @@ def test_batches_contexts_and_experts_are_all_combined(small_preset):
     assert {row[0] for row in report.rows(document)} == {"decode E=1", "decode E=2"}
 
 
+def test_int8_is_measured_and_compared_with_bfloat16(small_preset):
+    document = measured(dtypes=("float32", "bfloat16", "int8"), what=("prefill", "decode", "ops"))
+    jsonschema.validate(json.loads(json.dumps(document)), SCHEMA)
+    wide, _, narrow = (e for e in document["results"] if e["what"] == "decode")
+    assert narrow["dtype"] == "int8" and narrow["check"]["right"] and narrow["cache_bytes"] == wide["cache_bytes"]
+    assert narrow["weight_bytes"] < 0.75 * wide["weight_bytes"]  # a scale of four bytes for rows of a few numbers
+    assert any(line.startswith("int8 is ") and "as fast as bfloat16: decode" in line for line in report.lines(document))
+
+
+@pytest.mark.parametrize(
+    ("order", "told"), [({"what": ("train",)}, "is for inference"), ({"preset": "mixtral-2-layers"}, "no checkpoint")]
+)
+def test_what_int8_is_not_for(order, told, small_preset):
+    with pytest.raises(ValueError, match=told):
+        plan.check(Order(**{"preset": "small", "dtypes": ("int8",)} | order))
+
+
 def test_a_folder_is_measured_as_it_is_stored(quick, tmp_path):
     small.save(tmp_path / "model")
     document = measured(preset=None, folder=str(tmp_path / "model"), contexts=(5,), what=EVERY)

@@ -1,0 +1,116 @@
+"""How the cost of a decoding step grows: with experts, chosen experts, context and batch, one at a time.
+
+Measured beside what the machine's limits, read in the same rounds, predict: flat in E at fixed k (only chosen experts
+are read), linear in k, in the context (each step reads the whole cache) and in the experts that a batch touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from minimoe import threads
+from minimoe.backends import make_backend
+from minimoe.bench import machine
+from minimoe.bench.limits import PROBES, device_of, held_to
+from minimoe.bench.measure import rounds, turn
+from minimoe.bench.models import Source
+from minimoe.bench.plan import Order
+from minimoe.bench.report import digits, percent
+from minimoe.bench.work import experts_chosen
+from minimoe.bench.workloads import Decode, task
+from minimoe.config import ModelConfig
+from minimoe.params import Params
+
+# As wide as the medium preset, so that every matrix is read from memory; few layers, so that many experts fit.
+CONFIG = ModelConfig(
+    vocab_size=4096, hidden_size=1024, intermediate_size=3584, num_layers=2, num_heads=16, num_kv_heads=4, head_dim=64,
+    max_length=16384,
+)  # fmt: skip
+_USUAL = {"experts": 8, "chosen": 2, "context": 128, "batch": 1}  # what is held while another is varied
+AXES = {
+    "experts": (2, 4, 8, 16, 32),
+    "chosen": (1, 2, 4, 8),
+    "context": (128, 2048, 4096, 8192, 16000),
+    "batch": (1, 2, 4, 8, 16),
+}
+HEAD = ("varied", "value", "ms", "predicted", "of it", "experts touched")
+
+
+class Filled(Decode):
+    """Decoding with random keys and values in the cache: what it holds does not matter to the time."""
+
+    def _fill(self) -> None:
+        rng, (B, T) = np.random.default_rng(0), self.task.prompt.shape
+        for layer in self._cache.layers:
+            for held in (layer.k, layer.v):
+                held[:, :T] = rng.standard_normal((B, T, *held.shape[2:]), np.float32)
+        self._cache.positions[:, :T] = np.arange(T)
+        self._cache.lengths[:] = T
+
+    def touched(self) -> float:
+        """Experts that the first steps choose at all: the mean over layers and steps."""
+        self._rewind()
+        steps = min(4, self.task.following.shape[1])
+        return float(np.mean([experts_chosen(self._step(i)[1]) for i in range(steps)]))
+
+
+def run(order: Order, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Measure all points on the order's first backend, in its first type; return the document.
+
+    Parameters
+    ----------
+    order : its rounds are those of each point, whose seconds and prediction are medians over them
+    say : is told what is going on
+    """
+    backend, dtype = order.backends[0], (order.dtypes or ("float32",))[0]
+    count = threads.most() if order.threads is None else order.threads
+    with held_to(count):
+        points = _points(backend, dtype, order.rounds, say)
+    return {
+        "format": "minimoe bench growth 1", "backend": backend, "dtype": dtype, "rounds": order.rounds,
+        "threads": count, "points": points, "machine": machine.describe(),
+    }  # fmt: skip
+
+
+def rows(points: Sequence[dict[str, Any]]) -> list[Sequence[str]]:
+    """One row per point, under HEAD."""
+    return [
+        (
+            point["axis"], f"{point['value']:,}", digits(1e3 * point["seconds"]), digits(1e3 * point["predicted"]),
+            percent(point["predicted"] / point["seconds"]), f"{point['touched']:.3g}",
+        )
+        for point in points
+    ]  # fmt: skip
+
+
+def _points(backend: str, dtype: str, count: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    ops = make_backend(backend)
+    probe, params = PROBES[device_of(ops.name)](), dict[int, Params]()
+    found = []
+    for axis, values in AXES.items():
+        for value in values:
+            E, k, T, B = (value if name == axis else usual for name, usual in _USUAL.items())
+            say(f"{axis} = {value:,} …")
+            if E not in params:
+                params = {E: Source(CONFIG.replace(num_experts=E), dtype).params()}
+            sized = CONFIG.replace(num_experts=E, num_experts_per_token=k)
+            workload = Filled(ops, sized, params[E], task("decode", sized, B, T))
+            work = workload.work()
+            turns: dict[str, Callable[[], float]] = {
+                "bandwidth": probe.bandwidth, "rate": partial(probe.rate, dtype), "ours": partial(turn, workload.run),
+            }  # fmt: skip
+            samples = rounds(count, turns)
+            bounds = [
+                work.bound(b, r)[0] for b, r in zip(samples["bandwidth"].values, samples["rate"].values, strict=True)
+            ]
+            found.append(
+                {
+                    "axis": axis, "value": value, "seconds": samples["ours"].median,
+                    "predicted": float(np.median(bounds)), "touched": workload.touched(),
+                }
+            )  # fmt: skip
+    return found
