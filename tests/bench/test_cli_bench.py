@@ -84,7 +84,7 @@ MISTAKES = {
     "long": (["--context", "300"], "--context must be between 1 and 256 tokens for this model, not 300"),
     "full": (["--what", "decode", "--context", "256"], "--context must be between 1 and 255 tokens"),
     "no context": (["--context", "0"], "--context must be between 1 and"),
-    "dtype": (["--dtype", "int8"], "dtype must be one of float32, float64, bfloat16, not 'int8'"),
+    "dtype": (["--dtype", "int4"], "dtype must be one of float32, float64, bfloat16, int8, not 'int4'"),
     "backend": (["--backend", "rust"], "unknown backend 'rust'"),
     "what": (["--what", "sing"], "--what must be of prefill, decode, first-token, train and ops, not 'sing'"),
     "rounds": (["--rounds", "0"], "--rounds must be at least 1, not 0"),
