@@ -62,6 +62,28 @@ def test_tensors_are_named_as_in_the_port(tmp_path: Path):
     assert checkpoint.headers(tmp_path / "m").layout.name == "grok"
 
 
+def test_each_tensor_is_what_the_port_takes_it_for(tmp_path: Path):
+    """Several have one shape: names that were exchanged would come back from our own files, and from no others."""
+    params = model(GROK)
+    checkpoint.save(tmp_path / "m", GROK, params)
+    written = {}
+    for file in (tmp_path / "m").glob("*.safetensors"):
+        written |= checkpoint.load_tensors(file)
+    layer, attention, ffn = params.layers[1], params.layers[1].attention, params.layers[1].feed_forward
+    # A block is x + post_attn(attn(pre_attn(x))), the same with moe; an expert linear_1(gelu(linear) · linear_v).
+    ours = {
+        "pre_attn_norm.scale": layer.attention_norm, "post_attn_norm.scale": layer.attention_post_norm,
+        "pre_moe_norm.scale": layer.ffn_norm, "post_moe_norm.scale": layer.ffn_post_norm,
+        "attn.q_proj.weight": attention.wq, "attn.k_proj.weight": attention.wk, "attn.v_proj.weight": attention.wv,
+        "attn.o_proj.weight": attention.wo, "moe_block.gate.weight": ffn.gate,
+        "moe_block.experts.2.linear.weight": ffn.w1[2], "moe_block.experts.2.linear_v.weight": ffn.w3[2],
+        "moe_block.experts.2.linear_1.weight": ffn.w2[2],
+    }  # fmt: skip
+    for name, w in ours.items():
+        np.testing.assert_array_equal(written[f"model.layers.1.{name}"], w, err_msg=name)
+    assert not np.array_equal(layer.attention_post_norm, layer.ffn_norm)
+
+
 @pytest.mark.parametrize("layout", ["hf", "mistral", "stacked"])
 def test_every_layout_that_holds_it_brings_it_back(tmp_path: Path, layout: str):
     params = model(GROK)
