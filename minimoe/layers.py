@@ -38,6 +38,8 @@ class Batch:
     cache_pos : (B, R) or None
         Position held by each slot of the cache *as attention sees it*: before this call's tokens are written where
         T > 1, after where T = 1. None where there is no cache, or an empty one.
+    slots : (B, 1) or None
+        Where T = 1 and there is a cache that is not empty: the slot of each token, -1 for padding.
     """
 
     q_pos: Int[Array, "B T"]
@@ -45,6 +47,7 @@ class Batch:
     sin: Float[Array, "N c"]
     active: Bool[Array, " N"] | None = None
     cache_pos: Int[Array, "B R"] | None = None
+    slots: Int[Array, "B 1"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +131,15 @@ def forward(
     (B, T), N, C = batch.q_pos.shape, x.shape[0], config.head_dim
     y, h, r = ops.rmsnorm.forward(x, layer.attention_norm, config.norm_eps, residual)
     q, k, v = ops.linear.forward(y, [a.wq, a.wk, a.wv])  # (N, D) -> (N, H C), 2 × (N, K C)
-    q = ops.rope.forward(q.reshape(N, config.num_heads, C), batch.cos, batch.sin)
-    k = ops.rope.forward(k.reshape(N, config.num_kv_heads, C), batch.cos, batch.sin)
+    if cache is not None and batch.slots is not None:  # the cache is written first: see `_attend`
+        q, k, v = (x.reshape(N, -1, C) for x in (q, k, v))
+        q = ops.rope.forward_into_cache(q, k, v, batch.cos, batch.sin, cache.k, cache.v, batch.slots)
+    else:
+        q = ops.rope.forward(q.reshape(N, config.num_heads, C), batch.cos, batch.sin)
+        k = ops.rope.forward(k.reshape(N, config.num_kv_heads, C), batch.cos, batch.sin)
+        k, v = k.astype(kept_dtype(a.wk), copy=False), v.astype(kept_dtype(a.wv), copy=False)  # as the cache keeps them
     q = q.reshape(B, T, config.num_heads, C)
     k, v = k.reshape(B, T, config.num_kv_heads, C), v.reshape(B, T, config.num_kv_heads, C)
-    if not _written_first(batch, cache):  # attended to as they are stored; what is written first is read from the cache
-        k, v = k.astype(kept_dtype(a.wk), copy=False), v.astype(kept_dtype(a.wv), copy=False)
     context, lse = _attend(ops, config, q, k, v, batch, cache)
     attended = ops.linear.forward(context.reshape(N, -1), [a.wo])[0]  # (N, H C) -> (N, D)
     attended, before = _post_norm(ops, config, attended, layer.attention_post_norm)
@@ -182,11 +188,6 @@ def route(
     return Routed(logits, ids, weights)
 
 
-def _written_first(batch: Batch, cache: LayerCache | None) -> bool:
-    """Whether the new keys go to the cache before they are attended to: those of single tokens (see `_attend`)."""
-    return cache is not None and batch.cache_pos is not None and batch.q_pos.shape[1] == 1
-
-
 def _attend(
     ops: Backend,
     config: ModelConfig,
@@ -196,16 +197,15 @@ def _attend(
     batch: Batch,
     cache: LayerCache | None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
-    """Attend to the new keys, and to the cache where there is one; write the new keys to it.
+    """Attend to the new keys, and to the cache where there is one; write the new keys to it unless they are there.
 
     A chunk attends to [cache ‖ new] and is written afterwards: written first it would overwrite keys that its early
-    queries still need. A single token may be written first, since the key it overwrites has just left its window.
+    queries still need. A single token has been written first, since the key it overwrites has just left its window.
     """
     xp, W, scale, cap = ops.xp, config.sliding_window, config.attention_scale, config.attention_cap
     if cache is None:
         return ops.attention.forward(q, k, v, batch.q_pos, batch.q_pos, W, scale, cap)
-    if batch.cache_pos is not None and _written_first(batch, cache):
-        ops.kv_cache.forward(cache.k, cache.v, k, v, batch.q_pos)
+    if batch.cache_pos is not None and batch.slots is not None:
         return ops.attention.forward(q, cache.k, cache.v, batch.q_pos, batch.cache_pos, W, scale, cap)
     keys, values, k_pos = k, v, batch.q_pos
     if batch.cache_pos is not None:

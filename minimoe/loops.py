@@ -96,6 +96,18 @@ def narrow(x):
     return np.uint16(np.uint32(bits + half) >> np.uint32(16))
 
 
+def stored(x: Any, like: Any) -> Any:
+    """One computed number as an array that holds `like` takes it, inside jitted code: uint16 holds a bfloat16."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(stored)
+def _stored(x, like):
+    if like == types.uint16 and x != types.uint16:
+        return lambda x, like: narrow(x)
+    return lambda x, like: x
+
+
 @jit(inline="always")
 def rounded(x):
     """Round a finite float32 to bfloat16 and back: an operand of a bfloat16 product. Vectorises."""

@@ -180,13 +180,13 @@ def _batch(
 ) -> Batch:
     compute = np.float64 if params.dtype == np.float64 else np.float32
     cos, sin = ops.rope.table(q_pos.reshape(-1), config.head_dim, config.rope_theta, compute)
-    cache_pos = None
+    cache_pos = slots = None
     if cache is not None and cache.lengths.any():
         cache_pos = cache.positions
         if q_pos.shape[1] == 1:  # written first, as the keys will be; the cache's own change when all has gone well
             cache_pos = cache_pos.copy()
-            ops.kv_cache.write_positions(cache_pos, q_pos)
-    return Batch(q_pos, cos, sin, active, cache_pos)
+            slots = ops.kv_cache.write_positions(cache_pos, q_pos)
+    return Batch(q_pos, cos, sin, active, cache_pos, slots)
 
 
 def _blocks(

@@ -92,19 +92,21 @@ def _label(step: Step) -> str:
 
 
 def _labels(config: ModelConfig) -> list[str]:
-    """The ops of a pass in the order in which they first come; the cache is written next to attention."""
+    """The ops of a pass in the order in which they first come; the cache is written next to attention, or by rope."""
     names = list(dict.fromkeys(_label(step) for step in schedule.schedule(config)))
     return [*names, "kv_cache"]
 
 
 def _named(config: ModelConfig, calls: list[tuple[str, str, float]]) -> Iterator[tuple[str, float]]:
-    """Name the calls of one or several passes by the schedule, which leaves the cache out."""
+    """Name the calls of one or several passes by the schedule, which leaves the cache out and turns q, then k."""
     expected = cycle(schedule.schedule(config))
     for room, function, took in calls:
         if room == "kv_cache":
             yield room, took
             continue
         step = next(expected)
+        if function == "forward_into_cache":
+            step, function = next(expected), "forward"
         assert (room, function) == (step.room, step.function), "the schedule does not match the model"
         yield _label(step), took
 
@@ -116,4 +118,7 @@ def _costs(config: ModelConfig, described: Pass) -> dict[str, tuple[int, int, in
         cost, (calls, flops, size) = described.cost(config, step), found.get(_label(step), (0, 0, 0))
         found[_label(step)] = (calls + 1, flops + cost.flops, size + cost.bytes)
     written = described.batch * described.tokens * config.kv_bytes_per_token(described.stored)
+    if described.tokens == 1 and described.held:  # q and k are turned at once, and the cache is written by the way
+        calls, flops, size = found["rope"]
+        return found | {"rope": (calls - config.num_layers, flops, size + written), "kv_cache": (0, 0, 0)}
     return found | {"kv_cache": (config.num_layers, 0, written)}

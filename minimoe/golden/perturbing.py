@@ -157,10 +157,14 @@ def _rope(reference: ModuleType, xp: _NoisyNumPy, profile: Profile) -> dict[str,
         wide = (plain(x) for x in reference.table(positions, head_dim, theta, dtype))
         return [noise.array(noise.disturbed(x, unit), unit) for x in wide]
 
-    def forward(x: Array, cos: Array, sin: Array) -> Array:
-        return reference.forward(x.fine(), cos.fine(), sin.fine()).rounded()
+    turned = reference.forward
 
-    return {"table": table} | ({"forward": forward} if profile.rotates_in_float32 else {})
+    def forward(x: Array, cos: Array, sin: Array) -> Array:
+        return turned(x.fine(), cos.fine(), sin.fine()).rounded()
+
+    if profile.rotates_in_float32:
+        reference.forward = forward  # type: ignore[attr-defined]
+    return {"table": table, "forward": reference.forward}
 
 
 def _rmsnorm(reference: ModuleType) -> dict[str, Any]:

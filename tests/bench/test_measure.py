@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from minimoe import params, threads
+from minimoe import params, schedule, threads
 from minimoe.backends import make_backend
 from minimoe.bench import limits, measure
 from minimoe.bench.measure import Samples, ratio, rounds, turn
@@ -93,14 +93,18 @@ def test_a_profile_names_every_op_and_counts_what_the_pass_does(what, backend):
         "kv_cache", BETWEEN,
     ]  # fmt: skip
     calls = {one.name: one.calls for one in found}
-    assert calls["experts"] == calls["linear qkv"] == calls["kv_cache"] == 2 and calls["rmsnorm"] == 5
+    assert calls["experts"] == calls["linear qkv"] == 2 and calls["rmsnorm"] == 5
+    assert (calls["rope"], calls["kv_cache"]) == ((5, 2) if what == "prefill" else (3, 0))
     assert all(one.seconds > 0 for one in found)
     described = Pass(2, 5 if what == "prefill" else 1, 0 if what == "prefill" else 5, [3, 3], 4)
     flops = sum(one.flops for one in found)
     assert flops == described.work(SMALL).flops
     size = {one.name: one.bytes for one in found}
     tokens = described.batch * described.tokens
-    assert size["kv_cache"] == 2 * 2 * tokens * 2 * 4  # layers, keys and values, K·C, bytes
+    written = 2 * 2 * tokens * 2 * 4  # layers, keys and values, K·C, bytes
+    turned = sum(described.cost(SMALL, step).bytes for step in schedule.schedule(SMALL) if step.room == "rope")
+    expected = (turned, written) if what == "prefill" else (turned + written, 0)
+    assert (size["rope"], size["kv_cache"]) == expected
     # q, context (H·C = 4) and new k, v (K·C = 2) in both layers; when decoding five cached keys and values of each
     cached = 0 if what == "prefill" else 2 * 5 * 2 * 2 * 4
     assert size["attention"] == 2 * (tokens * (4 + 4 + 2 + 2) * 4 + cached)

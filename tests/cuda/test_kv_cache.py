@@ -23,9 +23,9 @@ def draw(R, positions, new=np.float64, stored=np.float64, K=2, C=3):
 def call(module, positions, k_cache, v_cache, k, v, held):
     k_cache, v_cache, held = k_cache.copy(), v_cache.copy(), held.copy()
     module.forward(k_cache, v_cache, k, v, positions)
-    module.write_positions(held, positions)
+    slots = module.write_positions(held, positions)
     left = k_cache.astype(k.dtype), v_cache.astype(k.dtype)
-    return k_cache, v_cache, held, *module.backward(*left, positions), *left
+    return k_cache, v_cache, held, slots, *module.backward(*left, positions), *left
 
 
 @CASES

@@ -1,11 +1,15 @@
 """RoPE's kernels against the reference."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+from minimoe.arrays import BFLOAT16
+from minimoe.backends import make_backend
 from minimoe.ops.rope import cupy_gpu, reference
-from tests.cuda_on_cpu.measuring import OnDevice
+from tests.cuda_on_cpu.measuring import OnDevice, assert_same_bits_in_any_order
 from tests.measure import assert_as_good_as_reference, assert_close
+from tests.ops.test_rope import BOTH, INTO, into_cache
 
 SHAPES = [(1, 1, 2), (1, 3, 6), (5, 2, 8), (40, 4, 2), (3, 9, 66), (0, 2, 4)]  # (3, 9, 66) has more pairs than a block
 
@@ -48,3 +52,36 @@ def test_views_are_turned_too(cupy):
     cos, sin = reference.table(positions, 6, theta, np.float64)
     found = cupy_gpu.forward(cupy.asarray(x)[:, 1:3], cupy.asarray(cos), cupy.asarray(sin))
     assert_close(found.get(), reference.forward(x[:, 1:3], cos, sin))
+
+
+@pytest.mark.parametrize("stored", BOTH, ids=lambda both: "-".join(np.dtype(kind).name for kind in both))
+def test_into_the_cache_is_what_the_reference_writes(cupy, stored):
+    real = np.float64 if stored[0] == np.float64 else np.float32
+    for sizes in [*INTO, (2, 1, 9, 7, 3, 130)]:  # the last has more pairs than a block
+        there, here, before = (into_cache(1, stored, *sizes, real) for _ in range(3))
+        found = OnDevice(cupy, cupy_gpu).forward_into_cache(*there)
+        assert_close(found, reference.forward_into_cache(*here), 4 * np.finfo(real).eps)
+        slots, R = there[7], sizes[2]
+        untouched = ~(slots[:, :, None] == np.arange(R)).any(axis=1)  # (B, R)
+        for written, expected, old in zip(there[5:7], here[5:7], before[5:7], strict=True):
+            assert_close(written, expected, 4 * float(ml_dtypes.finfo(written.dtype).eps))
+            np.testing.assert_array_equal(written[untouched], old[untouched])
+    assert_same_bits_in_any_order(cupy, lambda: [OnDevice(cupy, cupy_gpu).forward_into_cache(*here)])
+
+
+def test_a_captured_step_writes_where_the_slots_say(cupy):
+    ops = make_backend("cuda")
+    q, k, v, cos, sin, k_cache, v_cache, slots = map(cupy.asarray, into_cache(0, (BFLOAT16,) * 2, *INTO[2], np.float32))
+    slots[...] = cupy.asarray(np.array([[1], [-1], [5], [0]]))
+
+    def step():
+        y = ops.rope.forward_into_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
+        slots.__iadd__(1)
+        return y
+
+    k_cache.fill(0)
+    replay = ops.captured(step, tokens=4)
+    for _ in range(2):
+        replay()
+    written = k_cache.get().astype(np.float32).any(axis=(2, 3))
+    assert [np.flatnonzero(row).tolist() for row in written] == [[1, 2], [0], [5, 6], [0, 1]]

@@ -53,9 +53,11 @@ def test_equals_naive_loops(kv_cache, R, positions):
     naive_write(expected[1], new[1], positions)
     naive_write(expected_held, positions, positions)
     kv_cache.forward(caches[0], caches[1], new[0], new[1], positions)
-    kv_cache.write_positions(held, positions)
+    slots = kv_cache.write_positions(held, positions)
     np.testing.assert_array_equal(caches, expected)
     np.testing.assert_array_equal(held, expected_held)
+    kept = (positions >= 0) & (positions > positions.max(axis=1, keepdims=True) - R)
+    np.testing.assert_array_equal(slots, np.where(kept, positions % R, -1))
 
 
 @CASES

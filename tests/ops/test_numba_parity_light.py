@@ -194,8 +194,8 @@ def draw_kv_cache(rng, B, R, T, K, C):
 def call_kv_cache(module, cache_positions, k_cache, v_cache, k, v, positions):
     cache_positions, k_cache, v_cache = cache_positions.copy(), k_cache.copy(), v_cache.copy()
     module.forward(k_cache, v_cache, k, v, positions)
-    module.write_positions(cache_positions, positions)
-    results = [cache_positions, k_cache.copy(), v_cache.copy()]
+    slots = module.write_positions(cache_positions, positions)
+    results = [cache_positions, slots, k_cache.copy(), v_cache.copy()]
     if k_cache.dtype != BFLOAT16:  # gradients are never stored in it
         results += [*module.backward(k_cache, v_cache, positions), k_cache, v_cache]
     return results

@@ -1,6 +1,7 @@
 import math
 from decimal import Decimal, localcontext
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -87,3 +88,37 @@ def test_float32_tables_are_right_to_the_last_bit_but_one_far_out(rope, position
     shortcut = np.float32(position) * (np.float32(1) / np.float32(THETA) ** (2 * i / np.float32(128)))
     assert shortcut.dtype == np.float32
     assert np.abs(np.cos(shortcut) - np.cos(angles)).max() > 5e-4
+
+
+def into_cache(seed, stored, B, T, R, H, K, C, dtype):
+    """Inputs of `forward_into_cache`: full caches, and slots, none twice in a row of the batch, some of them -1."""
+    rng = np.random.default_rng(seed)
+    slots = np.stack([rng.permutation(R)[:T] for _ in range(B)])
+    slots[rng.random((B, T)) < 0.2] = -1
+    angles = rng.normal(size=(B * T, C // 2)).astype(dtype)
+    q, k, v = (rng.normal(size=(B * T, heads, C)).astype(dtype) for heads in (H, K, K))
+    caches = (rng.normal(size=(B, R, K, C)).astype(kind) for kind in stored)
+    return q, k, v, np.cos(angles), np.sin(angles), *caches, slots
+
+
+BOTH = [(np.float64, np.float64), (np.float32, np.float32), (ml_dtypes.bfloat16, ml_dtypes.bfloat16),
+        (ml_dtypes.bfloat16, np.float32)]  # fmt: skip
+INTO = [(1, 1, 1, 1, 1, 2), (1, 1, 5, 3, 1, 6), (4, 1, 7, 4, 2, 10), (2, 3, 5, 2, 2, 4)]
+
+
+@pytest.mark.parametrize("stored", BOTH, ids=lambda both: "-".join(np.dtype(kind).name for kind in both))
+@pytest.mark.parametrize("sizes", INTO, ids=str)
+def test_into_the_cache_is_rotation_and_writing(rope, stored, sizes):
+    """Bit for bit what `forward` of q and of k gives, and one assignment after the other writes."""
+    inputs = into_cache(sum(sizes), stored, *sizes, np.float64 if stored[0] == np.float64 else np.float32)
+    q, k, v, cos, sin, k_cache, v_cache, slots = inputs
+    expected = k_cache.copy(), v_cache.copy()
+    for n, new in enumerate(zip(rope.forward(k, cos, sin), v, strict=True)):
+        b, t = divmod(n, slots.shape[1])
+        for cache, x in zip(expected, new, strict=True):
+            if slots[b, t] >= 0:
+                cache[b, slots[b, t]] = x.astype(cache.dtype)
+    y = rope.forward_into_cache(q, k, v, cos, sin, k_cache, v_cache, slots)
+    np.testing.assert_array_equal(y, rope.forward(q, cos, sin))
+    for found, wanted in zip((k_cache, v_cache), expected, strict=True):
+        np.testing.assert_array_equal(found.astype(np.float64), wanted.astype(np.float64))

@@ -16,6 +16,8 @@ _LAST = "y, _, _ = ops.rmsnorm.forward(x, params.norm, config.norm_eps, residual
 _LAST_TRAIN = "y, h, r = ops.rmsnorm.forward(x, params.norm, config.norm_eps, residual)"
 _Q = "q = ops.rope.forward(q.reshape(N, config.num_heads, C), batch.cos, batch.sin)"
 _K = "k = ops.rope.forward(k.reshape(N, config.num_kv_heads, C), batch.cos, batch.sin)"
+_INTO = "q = ops.rope.forward_into_cache(q, k, v, batch.cos, batch.sin, cache.k, cache.v, batch.slots)"
+_UNTURNED = "ops.kv_cache.forward(cache.k, cache.v, k.reshape(B, T, -1, C), v.reshape(B, T, -1, C), batch.q_pos)"
 _DQ = "dq = ops.rope.backward(dq.reshape(N, -1, config.head_dim), batch.cos, batch.sin).reshape(N, -1)"
 _DK = _DQ.replace("dq", "dk")
 _TABLE = "ops.rope.table(q_pos.reshape(-1),"
@@ -121,11 +123,12 @@ POST_NORMS = [
 ]  # fmt: skip
 POSITIONS = [
     _layer("keys-not-rotated", "RoPE turns the queries only", "turn queries and keys",
-           (_K, f"{_K.replace('k =', '_ =')}\n    k = k.reshape(N, config.num_kv_heads, C)"),
-           (_DK, "dk = dk.reshape(N, -1)")),
+           (_K, f"{_K.replace('k =', '_ =')}\n        k = k.reshape(N, config.num_kv_heads, C)"),
+           (_INTO, f"{_INTO}\n        {_UNTURNED}"), (_DK, "dk = dk.reshape(N, -1)")),
     _layer("rope-missing", "queries and keys are not turned at all", "turn queries and keys by their positions",
-           (_Q, f"{_Q.replace('q =', '_ =')}\n    q = q.reshape(N, config.num_heads, C)"),
-           (_K, f"{_K.replace('k =', '_ =')}\n    k = k.reshape(N, config.num_kv_heads, C)"),
+           (_Q, f"{_Q.replace('q =', '_ =')}\n        q = q.reshape(N, config.num_heads, C)"),
+           (_K, f"{_K.replace('k =', '_ =')}\n        k = k.reshape(N, config.num_kv_heads, C)"),
+           (_INTO, _UNTURNED),
            (_DQ, "dq = dq.reshape(N, -1)"), (_DK, "dk = dk.reshape(N, -1)")),
     _layer("attention-scale-of-hidden-size", "attention scores are divided by sqrt(D) instead of sqrt(C)",
            "attention scores are q · k / sqrt(C), C the width of one head",

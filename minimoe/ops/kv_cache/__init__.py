@@ -36,8 +36,8 @@ class KVCacheOp(Protocol):
         positions : (B, T) -1 for padding; rising along each row otherwise
         """
 
-    def write_positions(self, cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> None:
-        """Write which position each slot now holds, by the same rule."""
+    def write_positions(self, cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Write which position each slot now holds, by the same rule; return the slot of each, -1 where none is."""
 
     def backward(
         self, dk_cache: Float[Array, "B R K C"], dv_cache: Float[Array, "B R K C"], positions: Int[Array, "B T"]

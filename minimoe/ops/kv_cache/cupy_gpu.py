@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import xp_of
@@ -27,9 +28,11 @@ def forward(
         _write(v_cache, None, v, None, positions)
 
 
-def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> None:
+def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
     (B, R), T = cache_positions.shape, positions.shape[1]
-    launch(KERNELS, "kv_cache_positions", B, _threads(T), [cache_positions, int64(positions), T, R])
+    slots = xp_of(positions).empty((B, T), np.int64)
+    launch(KERNELS, "kv_cache_positions", B, _threads(T), [cache_positions, slots, int64(positions), T, R])
+    return slots
 
 
 def backward(

@@ -26,15 +26,16 @@ __global__ void kv_cache_forward(Stored* k_cache, Stored* v_cache, const New* k,
 }
 
 // Block b -> row b; its threads take the T tokens in turn.
-__global__ void kv_cache_positions(Index* cache_positions, const Index* positions, Index T, Index R) {
+__global__ void kv_cache_positions(Index* cache_positions, Index* slots, const Index* positions, Index T, Index R) {
     Index b = blockIdx.x, oldest = oldest_kept(positions + b * T, T, R);
     for (Index t = threadIdx.x; t < T; t += blockDim.x) {
-        Index position = positions[b * T + t];
-        if (position >= oldest) cache_positions[b * R + position % R] = position;
+        Index position = positions[b * T + t], slot = position >= oldest ? position % R : -1;
+        slots[b * T + t] = slot;
+        if (slot >= 0) cache_positions[b * R + slot] = position;
     }
 }
 
-// Threads as in the forward: cache[b, slot] = new[b, t]. What did not stay has no gradient.
+// Block and thread -> as in the forward: cache[b, slot] = new[b, t]. What did not stay has no gradient.
 template <class Real>
 __global__ void kv_cache_backward(Real* dk_cache, Real* dv_cache, Real* dk, Real* dv, const Index* positions, Index T,
                                   Index R, Index KC, Index per) {

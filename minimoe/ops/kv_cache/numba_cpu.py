@@ -6,14 +6,11 @@ are written where they are: they may be views with strides, and are never copied
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float, Int
-from numba import prange, types
-from numba.extending import overload
+from numba import prange
 
-from minimoe.loops import jit, narrow, storage
+from minimoe.loops import jit, storage, stored
 from minimoe.shapes import Array
 
 SMALL = 1 << 15  # numbers; below, starting the threads costs more than they save
@@ -31,9 +28,9 @@ def forward(
     write(storage(k_cache), storage(v_cache), new_k, new_v, np.ascontiguousarray(positions, np.int64))
 
 
-def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> None:
+def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """See the contract."""
-    write_all_positions(cache_positions, np.ascontiguousarray(positions, np.int64))
+    return write_all_positions(cache_positions, np.ascontiguousarray(positions, np.int64))
 
 
 def backward(
@@ -45,18 +42,6 @@ def backward(
     dv = np.zeros_like(dk)
     _take(dk_cache, dv_cache, dk, dv, np.ascontiguousarray(positions, np.int64))
     return dk, dv
-
-
-def stored(x: Any, slot: Any) -> Any:
-    """Return x as the type of a cache slot takes it: inside jitted code, uint16 holds a bfloat16."""
-    raise NotImplementedError("for jitted code only")
-
-
-@overload(stored)
-def _stored(x, slot):
-    if slot == types.uint16 and x != types.uint16:
-        return lambda x, slot: narrow(x)
-    return lambda x, slot: x
 
 
 @jit()
@@ -98,12 +83,15 @@ def _write_token(k_cache, v_cache, k, v, positions, b, t, oldest):
 @jit()
 def write_all_positions(cache_positions, positions):
     B, T = positions.shape
+    slots = np.full((B, T), -1)
     R = cache_positions.shape[1]
     for b in range(B):
         oldest = _oldest_kept(positions, b, R)
         for t in range(T):
             if positions[b, t] >= oldest:
-                cache_positions[b, positions[b, t] % R] = positions[b, t]
+                slots[b, t] = positions[b, t] % R
+                cache_positions[b, slots[b, t]] = positions[b, t]
+    return slots
 
 
 @jit(parallel=True)

@@ -28,9 +28,12 @@ def forward(
     v_cache[b, slot] = v[b, t].astype(v_cache.dtype)
 
 
-def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> None:
+def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
     b, t, slot = kept(positions, cache_positions.shape[1])
     cache_positions[b, slot] = positions[b, t]
+    slots = xp_of(positions).full(positions.shape, -1)
+    slots[b, t] = slot
+    return slots
 
 
 def backward(

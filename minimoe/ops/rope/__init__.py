@@ -30,6 +30,30 @@ class Rope(Protocol):
     ) -> Float[Array, "N H C"]:
         """Rotate every head of x by the angles of its position."""
 
+    def forward_into_cache(
+        self,
+        q: Float[Array, "N H C"],
+        k: Float[Array, "N K C"],
+        v: Float[Array, "N K C"],
+        cos: Float[Array, "N c"],
+        sin: Float[Array, "N c"],
+        k_cache: Float[Array, "B R K C"],
+        v_cache: Float[Array, "B R K C"],
+        slots: Int[Array, "B T"],
+    ) -> Float[Array, "N H C"]:
+        """Rotate q; rotate k too, and write it and v to a cache: what a step of decoding would do in three calls.
+
+        Parameters
+        ----------
+        q, k, v : not rotated, N = B·T
+        k_cache, v_cache : (B, R, K, C) changed in place; what is written is rounded to their types
+        slots : (B, T) where each token is written, -1 where none is; no slot twice in a row of the batch
+
+        Returns
+        -------
+        y : (N, H, C) q rotated
+        """
+
     def backward(
         self, dy: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array, "N c"]
     ) -> Float[Array, "N H C"]:

@@ -1,4 +1,4 @@
-"""Rotary position embedding on the GPU (`kernels.cu`): one kernel for the table, one to turn and to turn back."""
+"""Rotary position embedding on the GPU (`kernels.cu`): kernels for the table, to turn and turn back, and for a step."""
 
 from __future__ import annotations
 
@@ -29,6 +29,26 @@ def forward(x: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array
     return _turned(x, cos, sin, 1.0)
 
 
+def forward_into_cache(
+    q: Float[Array, "N H C"],
+    k: Float[Array, "N K C"],
+    v: Float[Array, "N K C"],
+    cos: Float[Array, "N c"],
+    sin: Float[Array, "N c"],
+    k_cache: Float[Array, "B R K C"],
+    v_cache: Float[Array, "B R K C"],
+    slots: Int[Array, "B T"],
+) -> Float[Array, "N H C"]:
+    xp, (N, H, C), (_, R, K, _), T = xp_of(q), q.shape, k_cache.shape, slots.shape[1]
+    q, k, v, cos, sin = (contiguous(x.astype(q.dtype, copy=False)) for x in (q, k, v, cos, sin))
+    y = xp.empty_like(q)
+    kernel = f"rope_into_cache<{c_type(q)}, {c_type(k_cache)}, {c_type(v_cache)}>"
+    grid = (N, -(-(H + 2 * K) * C // 2 // THREADS))
+    arguments = [q, k, v, cos, sin, int64(slots), y, k_cache, v_cache, T, R, H, K, C // 2]
+    launch(KERNELS, kernel, grid, THREADS, arguments)
+    return y
+
+
 def backward(dy: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array, "N c"]) -> Float[Array, "N H C"]:
     # forward: y = R(angle) x, and R(angle)ᵀ = R(-angle)
     return _turned(dy, cos, sin, -1.0)
@@ -43,4 +63,8 @@ def _turned(x: Array, cos: Array, sin: Array, direction: float) -> Array:
     return y
 
 
-INSTANCES = tuple(f"{name}<{real}>" for name in ("rope_table", "rope") for real in ("float", "double"))
+REALS, STORED = ("float", "double"), ("float", "double", "bfloat16")
+INSTANCES = (
+    *(f"{name}<{real}>" for name in ("rope_table", "rope") for real in REALS),
+    *(f"rope_into_cache<{real}, {keys}, {values}>" for real in REALS for keys in STORED for values in STORED),
+)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numba import prange
 
-from minimoe.loops import jit
+from minimoe.loops import jit, storage, stored
 from minimoe.shapes import Array
 
 SMALL = 1 << 15  # numbers; below, starting the threads costs more than they save
@@ -33,6 +33,24 @@ def forward(x: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array
     """See the contract."""
     y = np.empty(x.shape, x.dtype)
     rotate(np.ascontiguousarray(x), np.ascontiguousarray(cos), np.ascontiguousarray(sin), y)
+    return y
+
+
+def forward_into_cache(
+    q: Float[Array, "N H C"],
+    k: Float[Array, "N K C"],
+    v: Float[Array, "N K C"],
+    cos: Float[Array, "N c"],
+    sin: Float[Array, "N c"],
+    k_cache: Float[Array, "B R K C"],
+    v_cache: Float[Array, "B R K C"],
+    slots: Int[Array, "B T"],
+) -> Float[Array, "N H C"]:
+    """See the contract."""
+    y = np.empty(q.shape, q.dtype)
+    q, k, v, cos, sin = (np.ascontiguousarray(x) for x in (q, k, v, cos, sin))
+    slots = np.ascontiguousarray(slots, np.int64)
+    _rotate_into_cache(q, k, v, cos, sin, storage(k_cache), storage(v_cache), slots, y)
     return y
 
 
@@ -62,3 +80,18 @@ def _rotate_token(x, cos, sin, n, y):
             first, second = x[n, h, i], x[n, h, i + c]
             y[n, h, i] = first * cos[n, i] - second * sin[n, i]
             y[n, h, i + c] = second * cos[n, i] + first * sin[n, i]
+
+
+@jit()  # a token of each sequence at most: too little for threads
+def _rotate_into_cache(q, k, v, cos, sin, k_cache, v_cache, slots, y):
+    (N, K, C), T = k.shape, slots.shape[1]
+    turned = np.empty(k.shape, k.dtype)
+    for n in range(N):
+        _rotate_token(q, cos, sin, n, y)
+        b, slot = n // T, slots[n // T, n % T]
+        if slot >= 0:
+            _rotate_token(k, cos, sin, n, turned)
+            for h in range(K):
+                for i in range(C):
+                    k_cache[b, slot, h, i] = stored(turned[n, h, i], k_cache[b, slot, h, i])
+                    v_cache[b, slot, h, i] = stored(v[n, h, i], v_cache[b, slot, h, i])

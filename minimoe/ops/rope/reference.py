@@ -27,6 +27,23 @@ def forward(x: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array
     return xp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def forward_into_cache(
+    q: Float[Array, "N H C"],
+    k: Float[Array, "N K C"],
+    v: Float[Array, "N K C"],
+    cos: Float[Array, "N c"],
+    sin: Float[Array, "N c"],
+    k_cache: Float[Array, "B R K C"],
+    v_cache: Float[Array, "B R K C"],
+    slots: Int[Array, "B T"],
+) -> Float[Array, "N H C"]:
+    b, t = xp_of(q).nonzero(slots >= 0)
+    n, slot = b * slots.shape[1] + t, slots[b, t]
+    k_cache[b, slot] = forward(k, cos, sin)[n].astype(k_cache.dtype)
+    v_cache[b, slot] = v[n].astype(v_cache.dtype)
+    return forward(q, cos, sin)
+
+
 def backward(dy: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array, "N c"]) -> Float[Array, "N H C"]:
     # forward: y = R(angle) x, and R(angle)ᵀ = R(-angle)
     return forward(dy, cos, -sin)
