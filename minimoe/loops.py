@@ -191,18 +191,6 @@ def _tanh_float32(x):
     return x + x * z * p if abs(x) < np.float32(0.6) else far
 
 
-@jit(fastmath=FAST)
-def four_dots(x, w0, w1, w2, w3):
-    """x · w0, ..., x · w3."""
-    y0 = y1 = y2 = y3 = x.dtype.type(0)
-    for i in range(x.shape[0]):
-        y0 += widen(w0[i]) * x[i]
-        y1 += widen(w1[i]) * x[i]
-        y2 += widen(w2[i]) * x[i]
-        y3 += widen(w3[i]) * x[i]
-    return y0, y1, y2, y3
-
-
 @intrinsic
 def _prefetch(typingctx, place):
     """Ask for the cache line at an address; nothing happens if it is not mapped."""

@@ -12,8 +12,8 @@ backward too, are one small matrix product, `_add_columns`. A block holds the sc
 grows with S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so
 causal attention costs half.
 
-One token (decode) would leave most lanes empty: `forward_few` takes dot products along c instead and reads every key
-and value once for all heads of its group.
+One token (decode) would leave most lanes empty: `forward_few` takes dot products along c instead, reads every key and
+value once for all heads of its group, and deals blocks of keys to threads.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, exp, four_dots, jit, rounded, storage, tanh, widen
+from minimoe.loops import FAST, exp, jit, rounded, storage, tanh, widen
 from minimoe.shapes import Array
 
 LANES = 64  # queries per block; four vectors of 512 bits in float32
 FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
+KEYS = 1024  # of a block where queries are few
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 UNBOUNDED = 1 << 62  # a window that sees everything
 UNCAPPED = 0.0
@@ -356,62 +357,167 @@ def _add_product(out, a, b):
 
 @jit(parallel=True)
 def forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
-    (B, H, S, K) = q.shape[0], q.shape[2], k.shape[1], k.shape[2]
-    if B * H * S * q.shape[3] < FEW_PRODUCTS:
+    """Few queries: the keys that are seen are cut into blocks of KEYS, which are dealt to threads.
+
+    Blocks do not depend on the number of threads, and their sums are added in order, so the bits do not either.
+    """
+    (B, T, H, C), K = q.shape, k.shape[2]
+    seen = np.empty((B, 2), np.int64)
+    for b in range(B):
+        seen[b, 0], seen[b, 1] = _seen(q_pos[b], k_pos[b], window)
+    most = (seen[:, 1] - seen[:, 0]).max()
+    blocks = (most + KEYS - 1) // KEYS
+    scores = np.empty((B, K, T * H // K, most + 3), q.dtype)  # the last key is taken as one of four
+    sums = np.zeros((B, K, max(blocks, 1), T * H // K, C), q.dtype)
+    if B * H * most * C < FEW_PRODUCTS:
         for item in range(B * K):
-            _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, item // K, item % K)
-    else:
+            _few_head(
+                q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, item // K, item % K, scores, sums, out, lse
+            )
+    elif blocks == 1:
         for item in numba.prange(B * K):
-            _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, item // K, item % K)
+            b, kh = np.int64(item // K), np.int64(item % K)  # prange counts unsigned: that would be compiled anew
+            _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, scores, sums, out, lse)
+    else:
+        for item in numba.prange(B * K * blocks):
+            b, kh, block = np.int64(item // (K * blocks)), np.int64(item // blocks % K), np.int64(item % blocks)
+            _few_scores(q, k, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, block, scores[b, kh])
+        for item in numba.prange(B * K):
+            b, kh = np.int64(item // K), np.int64(item % K)
+            _few_softmax(scores[b, kh], seen[b], bf16, b, kh, lse)
+        for item in numba.prange(B * K * blocks):
+            b, kh, block = np.int64(item // (K * blocks)), np.int64(item // blocks % K), np.int64(item % blocks)
+            _few_sums(v, scores[b, kh], seen[b], b, kh, block, sums[b, kh, block])
+        for item in range(B * K):
+            _few_out(sums[item // K, item % K], item // K, item % K, out)
 
 
-@jit(fastmath=FMA)
-def _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh):
+@jit()
+def _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, scores, sums, out, lse):
+    """All blocks of one key/value head."""
+    blocks = (seen[b, 1] - seen[b, 0] + KEYS - 1) // KEYS
+    for block in range(blocks):
+        _few_scores(q, k, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, block, scores[b, kh])
+    _few_softmax(scores[b, kh], seen[b], bf16, b, kh, lse)
+    for block in range(blocks):
+        _few_sums(v, scores[b, kh], seen[b], b, kh, block, sums[b, kh, block])
+    _few_out(sums[b, kh], b, kh, out)
+
+
+@jit(fastmath=FAST)
+def _few_scores(q, k, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, block, scores):
+    """scores[i, s - first] = q[i] · k[s] of one block, scaled; -inf where query i does not see key s.
+
+    Four keys and two queries at a time: eight sums, for which each number is read once.
+    """
     T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
-    first, last = _seen(q_pos[b], k_pos[b], window)
-    factor, bound, minus_inf = q.dtype.type(scale), q.dtype.type(cap), q.dtype.type(-np.inf)
+    first, start = seen[b, 0], seen[b, 0] + KEYS * block
+    stop = min(start + KEYS, seen[b, 1])
+    factor, bound = q.dtype.type(scale), q.dtype.type(cap)
     queries = np.empty((T * G, C), q.dtype)
     for i in range(T * G):
         for c in range(C):
             x = q[b, i // G, kh * G + i % G, c]
             queries[i, c] = rounded(x) if bf16 else x
-    scores = np.empty((T * G, last - first + 3), q.dtype)
-    for s in range(first, last, 4):
-        s1, s2, s3 = min(s + 1, last - 1), min(s + 2, last - 1), min(s + 3, last - 1)
-        for i in range(T * G):
-            four = four_dots(queries[i], k[b, s, kh], k[b, s1, kh], k[b, s2, kh], k[b, s3, kh])
-            for j in range(4):
-                score = four[j] * factor
-                scores[i, s - first + j] = score if cap == UNCAPPED else bound * tanh(score / bound)
-    sums = np.zeros((T * G, C), q.dtype)
+    for s in range(start, stop, 4):
+        s1, s2, s3 = min(s + 1, stop - 1), min(s + 2, stop - 1), min(s + 3, stop - 1)
+        for i in range(0, T * G, 2):
+            j, at = min(i + 1, T * G - 1), s - first
+            y0 = y1 = y2 = y3 = z0 = z1 = z2 = z3 = q.dtype.type(0)
+            for c in range(C):
+                x0, x1 = queries[i, c], queries[j, c]
+                k0, k1, k2, k3 = (
+                    widen(k[b, s, kh, c]),
+                    widen(k[b, s1, kh, c]),
+                    widen(k[b, s2, kh, c]),
+                    widen(k[b, s3, kh, c]),
+                )
+                y0 += k0 * x0
+                y1 += k1 * x0
+                y2 += k2 * x0
+                y3 += k3 * x0
+                z0 += k0 * x1
+                z1 += k1 * x1
+                z2 += k2 * x1
+                z3 += k3 * x1
+            scores[i, at], scores[i, at + 1], scores[i, at + 2], scores[i, at + 3] = y0, y1, y2, y3
+            scores[j, at], scores[j, at + 1], scores[j, at + 2], scores[j, at + 3] = z0, z1, z2, z3
     for i in range(T * G):
-        t, h, p = i // G, kh * G + i % G, scores[i]
-        top = minus_inf
-        for s in range(first, last):
-            distance = q_pos[b, t] - k_pos[b, s]
+        row, position = scores[i], q_pos[b, i // G]
+        for s in range(start, stop):
+            score = row[s - first] * factor
+            row[s - first] = score if cap == UNCAPPED else bound * tanh(score / bound)
+        for s in range(start, stop):
+            distance = position - k_pos[b, s]
             if k_pos[b, s] < 0 or distance < 0 or distance >= window:
-                p[s - first] = minus_inf
-            top = max(top, p[s - first])
-        p[last - first :] = minus_inf
-        if top == minus_inf:
-            top = q.dtype.type(0)
-        for j in range(len(p)):
-            p[j] = exp(p[j] - top)
-        total = q.dtype.type(0)
-        for j in range(last - first):
-            total += p[j]
-        lse[b, t, h] = minus_inf if total == 0 else top + np.log(total)
-        divisor = q.dtype.type(1) if total == 0 else total
-        for j in range(len(p)):
-            p[j] = rounded(p[j] / divisor) if bf16 else p[j] / divisor
-    for s in range(first, last, 4):
-        s1, s2, s3 = min(s + 1, last - 1), min(s + 2, last - 1), min(s + 3, last - 1)
-        v0, v1, v2, v3 = v[b, s, kh], v[b, s1, kh], v[b, s2, kh], v[b, s3, kh]
-        for i in range(T * G):
-            y, at = sums[i], s - first
-            p0, p1, p2, p3 = scores[i, at], scores[i, at + 1], scores[i, at + 2], scores[i, at + 3]
+                row[s - first] = -np.inf
+
+
+@jit(fastmath=FMA)
+def _few_softmax(scores, seen, bf16, b, kh, lse):
+    """Softmax over the keys of one key/value head, in place."""
+    queries, keys = len(scores), seen[1] - seen[0]
+    G = queries // lse.shape[1]
+    for i in range(queries):
+        row = scores[i, :keys]
+        scores[i, keys:] = 0
+        top = scores.dtype.type(-np.inf)
+        for s in range(keys):
+            top = max(top, row[s])
+        if top == -np.inf:  # no key is seen
+            row[:] = 0
+            lse[b, i // G, kh * G + i % G] = top
+            continue
+        for s in range(keys):
+            row[s] = exp(row[s] - top)
+        total = scores.dtype.type(0)
+        for s in range(keys):
+            total += row[s]
+        lse[b, i // G, kh * G + i % G] = top + np.log(total)
+        for s in range(keys):
+            row[s] = rounded(row[s] / total) if bf16 else row[s] / total
+
+
+@jit(fastmath=FMA)
+def _few_sums(v, probs, seen, b, kh, block, sums):
+    """sums[i] = Σ_s probs[i, s - first] · v[s] over one block."""
+    queries, C, first = len(probs), v.shape[3], seen[0]
+    start = first + KEYS * block
+    last = seen[1] - 1
+    for s in range(start, min(start + KEYS, seen[1]), 4):
+        v0, v1, v2, v3 = v[b, s, kh], v[b, min(s + 1, last), kh], v[b, min(s + 2, last), kh], v[b, min(s + 3, last), kh]
+        at = s - first
+        for i in range(0, queries - 1, 2):
+            y, z, p, r = sums[i], sums[i + 1], probs[i], probs[i + 1]
+            p0, p1, p2, p3, r0, r1, r2, r3 = (
+                p[at],
+                p[at + 1],
+                p[at + 2],
+                p[at + 3],
+                r[at],
+                r[at + 1],
+                r[at + 2],
+                r[at + 3],
+            )
+            for c in range(C):
+                x0, x1, x2, x3 = widen(v0[c]), widen(v1[c]), widen(v2[c]), widen(v3[c])
+                y[c] = y[c] + p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3
+                z[c] = z[c] + r0 * x0 + r1 * x1 + r2 * x2 + r3 * x3
+        if queries % 2:
+            y, p = sums[queries - 1], probs[queries - 1]
+            p0, p1, p2, p3 = p[at], p[at + 1], p[at + 2], p[at + 3]
             for c in range(C):
                 y[c] = y[c] + p0 * widen(v0[c]) + p1 * widen(v1[c]) + p2 * widen(v2[c]) + p3 * widen(v3[c])
-    for i in range(T * G):
+
+
+@jit()
+def _few_out(sums, b, kh, out):
+    """Add up the blocks, in order."""
+    blocks, queries, C = sums.shape
+    G = queries // out.shape[1]
+    for i in range(queries):
         for c in range(C):
-            out[b, i // G, kh * G + i % G, c] = sums[i, c]
+            total = sums[0, i, c]
+            for block in range(1, blocks):
+                total += sums[block, i, c]
+            out[b, i // G, kh * G + i % G, c] = total
