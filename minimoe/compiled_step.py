@@ -141,13 +141,13 @@ def _step(
     active = np.ones(B, np.bool_)
     x, residual, y, h = np.empty((B, D), f32), np.zeros((B, D), f32), np.empty((B, D), f32), np.empty((B, D), f32)
     r, q, context = np.empty(B, f32), np.empty((B, H, C), f32), np.empty((B, 1, H, C), f32)
-    keys, lse = np.empty((B, K, C), f32), np.empty((B, 1, H), f32)
+    lse = np.empty((B, 1, H), f32)
     qkv, projections, one = np.empty(B * (H + 2 * K) * C, f32), np.empty((3, 3), np.int64), np.empty((1, 3), np.int64)
     router, weights, ids = np.empty((B, E), f32), np.ones((B, k), f32), np.zeros((B, k), np.int64)
     gate_in, up, hidden = np.empty((B * k, F), f32), np.empty((B * k, F), f32), np.empty((B * k, F), f32)
-    slots, none = np.empty((B * k, D), f32), np.empty((0, k, D), f32)
+    ys, none = np.empty((B * k, D), f32), np.empty((0, k, D), f32)
 
-    kv_cache.write_all_positions(cache_pos, q_pos)
+    slots = kv_cache.write_all_positions(cache_pos, q_pos)
     embedding.gather(tokens.reshape(-1), numba.carray(pointer(np.uintp(ends[0, 0])), (V, D), kept), x)
     if embedding_multiplier != 1:
         x *= f32(embedding_multiplier)
@@ -159,11 +159,10 @@ def _step(
             projections[j] = places[WQ + j, 0], places[WQ + j, 1], (H if j == 0 else K) * C
         linear.few(y, projections, stored, narrow, qkv)
         q_end, k_end = B * H * C, B * (H + K) * C
-        rope.rotate(qkv[:q_end].reshape(B, H, C), cos, sin, q)
-        rope.rotate(qkv[q_end:k_end].reshape(B, K, C), cos, sin, keys)
+        new_q, new_k = qkv[:q_end].reshape(B, H, C), qkv[q_end:k_end].reshape(B, K, C)
         k_cache = numba.carray(pointer(np.uintp(places[KEYS, 0])), (B, R, K, C), kept)
         v_cache = numba.carray(pointer(np.uintp(places[VALUES, 0])), (B, R, K, C), kept)
-        kv_cache.write(k_cache, v_cache, keys.reshape(B, 1, K, C), qkv[k_end:].reshape(B, 1, K, C), q_pos)
+        rope.rotate_into_cache(new_q, new_k, qkv[k_end:].reshape(B, K, C), cos, sin, k_cache, v_cache, slots, q)
         queries = q.reshape(B, 1, H, C)
         attention.forward_few(queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, bf16, context, lse)
         one[0] = places[WO, 0], places[WO, 1], D
@@ -182,8 +181,8 @@ def _step(
             gating.few_logits(seen, numba.carray(pointer(np.uintp(places[GATE, 0])), (E, D), kept), router)
             gating.choose_all(router, allowed, active, forced, renormalise, ids, weights)
         pairs, offsets, place = experts.dispatch(ids, E)
-        experts.few(y, chosen[i], everyone, stored, gelu, narrow, pairs, offsets, k, gate_in, up, hidden, slots)
-        experts.combine(slots, place, weights, x, none)
+        experts.few(y, chosen[i], everyone, stored, gelu, narrow, pairs, offsets, k, gate_in, up, hidden, ys)
+        experts.combine(ys, place, weights, x, none)
         if places[POST2, 0] != 0:
             norm = numba.carray(pointer(np.uintp(places[POST2, 0])), (D,), kept)
             rmsnorm.norm_rows(x, x[:0], norm, eps, x, x, r)

@@ -1,10 +1,11 @@
 import math
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 
-from minimoe.ops.attention import reference
+from minimoe.ops.attention import numba_cpu, reference
 from tests.measure import assert_close, assert_slopes, dialects
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -191,3 +192,19 @@ def test_explain_names_what_forward_computes(scores):
     assert_close(np.einsum("bhts,bshc->bthc", inner["probs"], v.repeat(2, axis=2)), out)
     with np.errstate(divide="ignore"):
         assert_close(np.log(np.exp(inner["scores"]).sum(-1)).swapaxes(1, 2), lse)
+
+
+@pytest.mark.parametrize("C", [6, 40], ids=["one thread", "threads"])
+@pytest.mark.parametrize("window", [None, 1500])
+def test_blocks_of_keys_add_up(C, window):
+    """Few queries, more keys than a block holds; rows of the batch see different numbers of them."""
+    q, k, v, q_pos, k_pos = draw(2, 1, 2 * numba_cpu.KEYS + 337, 6, 2, C, 1200)
+    found, truth = (module.forward(q, k, v, q_pos, k_pos, window) for module in (numba_cpu, reference))
+    assert_close(found, truth)
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        alone = numba_cpu.forward(q, k, v, q_pos, k_pos, window)
+    finally:
+        numba.set_num_threads(before)
+    np.testing.assert_array_equal(alone[0], found[0])

@@ -29,6 +29,7 @@ from minimoe.shapes import Array
 LANES = 64  # queries per block; four vectors of 512 bits in float32
 FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
 KEYS = 1024  # of a block where queries are few
+SCORES, SOFTMAX, SUMS, OUT, WHOLE = range(5)  # phases where queries are few
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 UNBOUNDED = 1 << 62  # a window that sees everything
 UNCAPPED = 0.0
@@ -361,47 +362,42 @@ def forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
 
     Blocks do not depend on the number of threads, and their sums are added in order, so the bits do not either.
     """
-    (B, T, H, C), K = q.shape, k.shape[2]
+    (B, T, H, C), K, most = q.shape, k.shape[2], 0
     seen = np.empty((B, 2), np.int64)
     for b in range(B):
         seen[b, 0], seen[b, 1] = _seen(q_pos[b], k_pos[b], window)
-    most = (seen[:, 1] - seen[:, 0]).max()
-    blocks = (most + KEYS - 1) // KEYS
+        most = max(most, seen[b, 1] - seen[b, 0])
+    blocks = max(1, (most + KEYS - 1) // KEYS)
     scores = np.empty((B, K, T * H // K, most + 3), q.dtype)  # the last key is taken as one of four
-    sums = np.zeros((B, K, max(blocks, 1), T * H // K, C), q.dtype)
-    if B * H * most * C < FEW_PRODUCTS:
-        for item in range(B * K):
-            _few_head(
-                q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, item // K, item % K, scores, sums, out, lse
-            )
-    elif blocks == 1:
-        for item in numba.prange(B * K):
-            b, kh = np.int64(item // K), np.int64(item % K)  # prange counts unsigned: that would be compiled anew
-            _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, scores, sums, out, lse)
-    else:
-        for item in numba.prange(B * K * blocks):
-            b, kh, block = np.int64(item // (K * blocks)), np.int64(item // blocks % K), np.int64(item % blocks)
-            _few_scores(q, k, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, block, scores[b, kh])
-        for item in numba.prange(B * K):
-            b, kh = np.int64(item // K), np.int64(item % K)
-            _few_softmax(scores[b, kh], seen[b], bf16, b, kh, lse)
-        for item in numba.prange(B * K * blocks):
-            b, kh, block = np.int64(item // (K * blocks)), np.int64(item // blocks % K), np.int64(item % blocks)
-            _few_sums(v, scores[b, kh], seen[b], b, kh, block, sums[b, kh, block])
-        for item in range(B * K):
-            _few_out(sums[item // K, item % K], item // K, item % K, out)
+    sums = np.empty((B, K, blocks, T * H // K, C), q.dtype)
+    first, last = (WHOLE, WHOLE) if blocks == 1 else (SCORES, OUT)
+    for phase in range(first, last + 1):
+        items = B * K * blocks if phase in (SCORES, SUMS) else B * K
+        if B * H * most * C < FEW_PRODUCTS or phase == OUT:
+            for item in range(items):
+                _few(phase, item, q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, scores, sums, out, lse)
+        else:
+            for i in numba.prange(items):
+                at = np.int64(i)  # prange counts unsigned: that would be compiled anew
+                _few(phase, at, q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, scores, sums, out, lse)
 
 
 @jit()
-def _few_head(q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, scores, sums, out, lse):
-    """All blocks of one key/value head."""
-    blocks = (seen[b, 1] - seen[b, 0] + KEYS - 1) // KEYS
-    for block in range(blocks):
+def _few(phase, item, q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, scores, sums, out, lse):
+    """One phase for one key/value head, or for a block of its keys; or all phases, where there is one block."""
+    K, blocks = sums.shape[1], sums.shape[2]
+    block, head = 0, item
+    if phase in (SCORES, SUMS):
+        block, head = item % blocks, item // blocks
+    b, kh = head // K, head % K
+    if phase in (SCORES, WHOLE):
         _few_scores(q, k, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, block, scores[b, kh])
-    _few_softmax(scores[b, kh], seen[b], bf16, b, kh, lse)
-    for block in range(blocks):
+    if phase in (SOFTMAX, WHOLE):
+        _few_softmax(scores[b, kh], seen[b], bf16, b, kh, lse)
+    if phase in (SUMS, WHOLE):
         _few_sums(v, scores[b, kh], seen[b], b, kh, block, sums[b, kh, block])
-    _few_out(sums[b, kh], b, kh, out)
+    if phase in (OUT, WHOLE):
+        _few_out(sums[b, kh], b, kh, out)
 
 
 @jit(fastmath=FAST)
@@ -484,6 +480,7 @@ def _few_sums(v, probs, seen, b, kh, block, sums):
     queries, C, first = len(probs), v.shape[3], seen[0]
     start = first + KEYS * block
     last = seen[1] - 1
+    sums[:] = 0
     for s in range(start, min(start + KEYS, seen[1]), 4):
         v0, v1, v2, v3 = v[b, s, kh], v[b, min(s + 1, last), kh], v[b, min(s + 2, last), kh], v[b, min(s + 3, last), kh]
         at = s - first

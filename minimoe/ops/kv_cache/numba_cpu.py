@@ -25,7 +25,7 @@ def forward(
 ) -> None:
     """See the contract."""
     new_k, new_v = storage(np.ascontiguousarray(k)), storage(np.ascontiguousarray(v))
-    write(storage(k_cache), storage(v_cache), new_k, new_v, np.ascontiguousarray(positions, np.int64))
+    _write(storage(k_cache), storage(v_cache), new_k, new_v, np.ascontiguousarray(positions, np.int64))
 
 
 def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -54,7 +54,7 @@ def _oldest_kept(positions, b, R):
 
 
 @jit(parallel=True)
-def write(k_cache, v_cache, k, v, positions):
+def _write(k_cache, v_cache, k, v, positions):
     B, T, _, _ = k.shape
     if k.size < SMALL:
         for b in range(B):

@@ -32,7 +32,7 @@ def _frequency(head_dim: int, theta: float) -> Float[Array, " c"]:
 def forward(x: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array, "N c"]) -> Float[Array, "N H C"]:
     """See the contract."""
     y = np.empty(x.shape, x.dtype)
-    rotate(np.ascontiguousarray(x), np.ascontiguousarray(cos), np.ascontiguousarray(sin), y)
+    _rotate(np.ascontiguousarray(x), np.ascontiguousarray(cos), np.ascontiguousarray(sin), y)
     return y
 
 
@@ -50,7 +50,7 @@ def forward_into_cache(
     y = np.empty(q.shape, q.dtype)
     q, k, v, cos, sin = (np.ascontiguousarray(x) for x in (q, k, v, cos, sin))
     slots = np.ascontiguousarray(slots, np.int64)
-    _rotate_into_cache(q, k, v, cos, sin, storage(k_cache), storage(v_cache), slots, y)
+    rotate_into_cache(q, k, v, cos, sin, storage(k_cache), storage(v_cache), slots, y)
     return y
 
 
@@ -61,7 +61,7 @@ def backward(dy: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Arr
 
 
 @jit(parallel=True)
-def rotate(x, cos, sin, y):
+def _rotate(x, cos, sin, y):
     N = x.shape[0]
     if x.size < SMALL:
         for n in range(N):
@@ -83,7 +83,7 @@ def _rotate_token(x, cos, sin, n, y):
 
 
 @jit()  # a token of each sequence at most: too little for threads
-def _rotate_into_cache(q, k, v, cos, sin, k_cache, v_cache, slots, y):
+def rotate_into_cache(q, k, v, cos, sin, k_cache, v_cache, slots, y):
     (N, K, C), T = k.shape, slots.shape[1]
     turned = np.empty(k.shape, k.dtype)
     for n in range(N):
