@@ -81,11 +81,12 @@ def prepared(
     def step(tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"]) -> Float[Array, "B V"]:
         _ = params  # held: addresses keep nothing alive
         cos, sin = rope.table(positions.reshape(-1), c.head_dim, c.rope_theta, np.float32)
-        logits = np.empty((B, c.vocab_size), np.float32)
+        logits, held = np.empty((B, c.vocab_size), np.float32), cache.positions.copy()
         _step(
-            tokens, positions, cos, sin, cache.positions, table, chosen, ends, sizes, numbers, forms,
+            tokens, positions, cos, sin, held, table, chosen, ends, sizes, numbers, forms,
             kept, stored, head, kept == np.uint16, logits,
         )  # fmt: skip
+        cache.positions[...] = held  # now that all has gone well: Ctrl-C comes when the compiled call has returned
         return logits
 
     return step

@@ -160,6 +160,26 @@ def test_sizes_of_which_the_loops_are_not_made_are_done_op_by_op(B, heads, fits,
     assert (step is not None) is fits
 
 
+def test_an_interrupted_step_leaves_the_cache_as_it_was(ops, monkeypatch):
+    config, params, tokens = draws(6)
+    cache = after(ops, config, params, tokens)
+    step, before = compiled_step.prepared(ops, config, params, cache), cache.positions.copy()
+    whole = compiled_step._step
+
+    def interrupted(*given):
+        whole(*given)
+        raise KeyboardInterrupt
+
+    now = tokens[:, -STEPS : tokens.shape[1] - STEPS + 1].copy(), cache.lengths[:, None].copy()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled_step, "_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(*now)
+    np.testing.assert_array_equal(cache.positions, before)
+    expected = mixtral.decode(ops, config, params, after(ops, config, params, tokens), *now)
+    assert relative_error(step(*now), expected) <= 1e-5
+
+
 def test_weights_and_cache_live_as_long_as_the_step(ops):
     config, params, tokens = draws(5)
     cache = after(ops, config, params, tokens)
