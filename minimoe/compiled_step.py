@@ -59,8 +59,7 @@ def prepared(
         Reads the arrays of `params` and `cache` where they now are, and keeps them alive.
     """
     B, G = len(cache.lengths), config.num_heads // config.num_kv_heads
-    own = all(vars(getattr(ops, room))["forward"] is module.forward for room, module in ROOMS.items())
-    if not (own and ops.graphs) or B > MOST_TOKENS or G > attention.FEW_QUERIES or not _alike(params):
+    if not (_own(ops) and ops.graphs) or B > MOST_TOKENS or G > attention.FEW_QUERIES or not _alike(params):
         return None
     c, kept = config, storage(params.norm).dtype
     some = params.layers[0].attention.wq
@@ -92,6 +91,17 @@ def prepared(
     return step
 
 
+def _own(ops: Backend) -> bool:
+    """Whether every op that a step calls is the Numba dialect's, and nobody's who wrapped it."""
+    unused = {"backward", "explain"}
+    return all(
+        function is getattr(module, name, None)
+        for room, module in ROOMS.items()
+        for name, function in vars(getattr(ops, room)).items()
+        if name not in unused
+    )
+
+
 def _alike(params: Params) -> bool:
     """Whether matrices are of one type, all else of one type too (float32 or bfloat16), and all of it contiguous."""
     kinds: dict[bool, set[Any]] = {True: set(), False: set()}
@@ -99,7 +109,8 @@ def _alike(params: Params) -> bool:
         matrix = not name.endswith(("norm", "gate", "tok_embeddings"))
         for w in leaf if isinstance(leaf, list) else [leaf]:
             kinds[matrix].add(w.dtype)
-            if not all(part is None or part.flags.c_contiguous for part in parts(w)):
+            held = [w.values, w.scale] if isinstance(w, Int8) else [w]
+            if not all(array.flags.c_contiguous for array in held):
                 return False
     (kept, *mixed), (stored, *more) = kinds[False], kinds[True]
     fits = (kept == np.float32 or is_bfloat16(params.norm)) and stored in (kept, np.int8)

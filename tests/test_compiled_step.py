@@ -121,21 +121,29 @@ def test_generation_takes_it(ops, monkeypatch):
     np.testing.assert_array_equal(list(generate_ids(ops, config, params, tokens, max_new_tokens=6)), expected)
 
 
-def wrapped(ops):
-    linear = SimpleNamespace(**vars(ops.linear))
-    linear.forward = lambda x, weights: ops.linear.forward(x, weights)
-    return dataclasses.replace(ops, linear=linear)
+def wrapped(ops, room, name):
+    copy, function = SimpleNamespace(**vars(getattr(ops, room))), getattr(getattr(ops, room), name)
+    setattr(copy, name, lambda *given: function(*given))
+    return dataclasses.replace(ops, **{room: copy})
 
 
 CHANGES = {
     "another backend": lambda ops, config, params: (make_backend("numpy"), config, params),
-    "a wrapped op": lambda ops, config, params: (wrapped(ops), config, params),
+    "a wrapped op": lambda ops, config, params: (wrapped(ops, "linear", "forward"), config, params),
+    "a wrapped table": lambda ops, config, params: (wrapped(ops, "rope", "table"), config, params),
+    "wrapped positions": lambda ops, config, params: (wrapped(ops, "kv_cache", "write_positions"), config, params),
     "no graphs": lambda ops, config, params: (dataclasses.replace(ops, graphs=False), config, params),
     "float64": lambda ops, config, params: (ops, config, map_leaves(params, lambda w: w.astype(np.float64))),
     "one float64 matrix": lambda ops, config, params: (ops, config, with_wq(params, lambda w: w.astype(np.float64))),
     "a transposed matrix": lambda ops, config, params: (ops, config, with_wq(params, lambda w: np.asfortranarray(w))),
+    "int8, transposed": lambda ops, config, params: (ops, config, turned_int8(params)),
     "one int8 matrix": lambda ops, config, params: (ops, config, with_wq(params, quantize)),
 }
+
+
+def turned_int8(params):
+    """int8 throughout, one matrix with its columns side by side."""
+    return with_wq(quantized(params), lambda w: Int8(np.asfortranarray(w.values), w.scale, w.source))
 
 
 def with_wq(params, change):

@@ -87,7 +87,7 @@ def test_decoding_replays_one_graph_that_gives_what_eager_steps_give(cupy, dtype
 
         def step():
             nonlocal positions
-            logits = mixtral.decode(ops, config, params, new, positions, cache)
+            logits = mixtral.decode(ops, config, params, cache, new, positions)
             positions += 1
             return logits
 

@@ -138,34 +138,40 @@ class Independent:
             y[:, :, i + C // 2] = self.result(keep(b * c) + keep(a * s))
         return {"cos": cos, "sin": sin, "y": y}
 
-    def attention(self, q, k, v, q_pos, k_pos, window):
+    def attention(self, q, k, v, q_pos, k_pos, window, scale=None, cap=None):
         B, T, H, C = q.shape
         S, G = k.shape[1], H // k.shape[2]
         scores, probs = np.zeros((B, H, T, S), self.compute), np.zeros((B, H, T, S), self.compute)
-        out = np.zeros((B, T, H, C), self.compute)
+        out, factor = np.zeros((B, T, H, C), self.compute), self.compute(C**-0.5 if scale is None else scale)
         for b in range(B):
             far = q_pos[b][:, None] - k_pos[b][None, :]
             seen = (k_pos[b] >= 0)[None] & (far >= 0) & (far < (math.inf if window is None else window))
             for h in range(H):
                 # Products may leave float16's range, which the scores do not: there they are rounded once, when scaled.
                 product = self.products if self.kind is np.float16 else self.matmul
-                z = self.result(product(q[b, :, h], k[b, :, h // G]) * self.compute(C**-0.5))
+                z = self.result(product(q[b, :, h], k[b, :, h // G]) * factor)
+                z = z if cap is None else self.result(self.compute(cap) * np.tanh(z / self.compute(cap)))
                 scores[b, h] = np.where(seen, z, -np.inf)
                 probs[b, h] = self.result(self.softmax(scores[b, h]))
                 out[b, :, h] = self.matmul(probs[b, h], v[b, :, h // G].T)
         return {"scores": scores, "probs": probs, "out": out}
 
-    def gating(self, x, gate, k, active=None, ids=None):
+    def gating(self, x, gate, k, active=None, ids=None, renormalise=True, disabled=()):
         logits = self.matmul(x, gate)
         if ids is None and self.choices is not None:
             ids = next(self.choices)
         if ids is None:
-            ids = np.array([sorted(range(len(z)), key=lambda e, z=z: (-z[e], e))[:k] for z in logits])
+            free = [e for e in range(logits.shape[1]) if e not in disabled]
+            ids = np.array([sorted(free, key=lambda e, z=z: (-z[e], e))[:k] for z in logits])
         ids = ids if active is None else np.where(active[:, None], ids, -1)
-        chosen = np.take_along_axis(logits, np.maximum(ids, 0), axis=1)
-        return {"logits": logits, "ids": ids, "weights": np.where(ids >= 0, self.result(self.softmax(chosen)), 0)}
+        at = np.maximum(ids, 0)
+        if renormalise:
+            weights = self.softmax(np.take_along_axis(logits, at, axis=1))
+        else:
+            weights = np.take_along_axis(self.softmax(logits), at, axis=1)
+        return {"logits": logits, "ids": ids, "weights": np.where(ids >= 0, self.result(weights), 0)}
 
-    def experts(self, x, w1, w2, w3, ids, weights):
+    def experts(self, x, w1, w2, w3, ids, weights, activation="silu"):
         (N, D), k, F = x.shape, ids.shape[1], w1[0].shape[0]
         hidden, slots = np.zeros((N, k, F), self.compute), np.zeros((N, k, D), self.compute)
         out = np.zeros((N, D), self.compute)
@@ -173,10 +179,16 @@ class Independent:
             for slot, e in enumerate(ids[n]):
                 if e >= 0:
                     z, up = self.matmul(x[n : n + 1], w1[e]), self.matmul(x[n : n + 1], w3[e])
-                    hidden[n, slot] = self.result(self.result(z / (1 + np.exp(-z))) * up)[0]
+                    hidden[n, slot] = self.result(self.result(self.activation(z, activation)) * up)[0]
                     slots[n, slot] = self.matmul(hidden[n, slot][None], w2[e])[0]
                     out[n] = self.result(out[n] + self.result(weights[n, slot] * slots[n, slot]))
         return {"hidden": hidden, "slots": slots, "out": out}
+
+    def activation(self, z, name):
+        if name == "silu":
+            return z / (1 + np.exp(-z))
+        inner = self.compute(math.sqrt(2 / math.pi)) * (z + self.compute(0.044715) * z**3)
+        return self.compute(0.5) * z * (1 + np.tanh(inner))
 
     def cross_entropy(self, logits, targets):
         top = logits.max(axis=1)

@@ -118,9 +118,17 @@ ATTENTION = [
                  "probs * (dprobs - delta) * visible(q_pos, k_pos, window)[:, None, None]"),
         ),
     ),
-    _mask("unseeing-query-averages", "a query that sees no key averages all values: masked scores are low, not -inf",
-          "a query that sees no key outputs zeros",
-          "scores, -xp.inf)\n", "scores, -1e30)\n", "torch-style masks filled with finfo.min"),
+    Mutant(
+        "unseeing-query-averages",
+        "a query that sees no key averages all values: masked scores are low, not -inf",
+        "a query that sees no key outputs zeros",
+        "op",
+        (
+            room("attention", "scores, -xp.inf)\n", "scores, -1e30)\n"),
+            room("attention", "xp.isneginf(scores)", "(scores < -1e29)"),  # the slope of a cap, there too, is finite
+        ),
+        seen="torch-style masks filled with finfo.min",
+    ),
     _mask("attention-softmax-overflows", "exp is taken without subtracting the maximum, and overflows float32 above 88",
           "subtract each row's largest score before exp",
           "weights = xp.exp(scores - top)\n",
