@@ -118,20 +118,26 @@ def work(originals, tmp_path_factory):
 
 
 def examined(read, size):
-    """Call a parser on files of `size` bytes: how it may end, how long it may take, how much memory it may use."""
-    tracemalloc.start(1)
-    start = time.process_time()
-    try:
-        read()
-        message = ""
-    except (CheckpointError, TokenizerError) as error:
-        message = str(error)
-    finally:
-        seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+    """Call a parser on files of `size` bytes: how it may end, how long it may take, how much memory it may use.
+
+    What is too much once is measured again: an import, or a pass of the collector through all that was drawn before,
+    happens once; what a file does to a parser happens each time.
+    """
+    for attempt in range(2):
+        tracemalloc.start(1)
+        start = time.process_time()
+        try:
+            read()
+            message = ""
+        except (CheckpointError, TokenizerError) as error:
+            message = str(error)
+        finally:
+            seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        if seconds < SECONDS and peak < FACTOR * size + CONSTANT:
+            break
+        assert attempt == 0, f"{seconds:.2f} s and {peak:,} bytes for a file of {size:,}"
     assert message.isprintable() and len(message) < 5000  # as the empty one is
-    assert seconds < SECONDS
-    assert peak < FACTOR * size + CONSTANT, f"{peak:,} bytes for a file of {size:,}"
     return message
 
 
