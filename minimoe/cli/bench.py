@@ -55,15 +55,7 @@ def run(args: argparse.Namespace) -> int:
         return _growth(args)
     order = _order(args)
     check(order)
-    if args.figure is not None:
-        check_writable(args.figure, FIGURE_TYPES)
-    if args.out is not None:
-        check_writable(args.out, (".json",))
-    begin = datetime.now(UTC)
-    document = measure(order, _progress())
-    document |= {"command": _command(args), "date": begin.isoformat(timespec="seconds")}
-    if args.out is not None:
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = _measured(args, args.figure, lambda: measure(order, _progress()))
     if args.figure is not None:
         _draw(document, args.figure)
     if args.json:
@@ -85,13 +77,7 @@ def _growth(args: argparse.Namespace) -> int:
     check(order)
     if len(order.backends) > 1 or len(order.dtypes or ()) > 1:
         raise ValueError("--growth measures one backend and one dtype")
-    check_writable(args.growth, FIGURE_TYPES)
-    if args.out is not None:
-        check_writable(args.out, (".json",))
-    document = growth.run(order, _progress())
-    document |= {"command": _command(args), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    if args.out is not None:
-        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = _measured(args, args.growth, lambda: growth.run(order, _progress()))
     from minimoe.plots import cost_growth
 
     where = f"{document['machine']['processor']}, {document['threads']} threads, {document['backend']}"
@@ -100,11 +86,23 @@ def _growth(args: argparse.Namespace) -> int:
     if args.json:
         print_json(document)
     else:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        _clear_progress()
         print(table(growth.HEAD, growth.rows(document["points"])))
     note(f"wrote {args.growth}")
     return 0
+
+
+def _measured(args: argparse.Namespace, picture: Path | None, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Measure, once what is to be written can be; say in the document how and when, and keep it if asked."""
+    if picture is not None:
+        check_writable(picture, FIGURE_TYPES)
+    if args.out is not None:
+        check_writable(args.out, (".json",))
+    begin = datetime.now(UTC)
+    document = run() | {"command": _command(args), "date": begin.isoformat(timespec="seconds")}
+    if args.out is not None:
+        args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return document
 
 
 def _order(args: argparse.Namespace) -> Order:
@@ -153,6 +151,11 @@ def _progress() -> Callable[[str], None]:
     return lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
+def _clear_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
 def _draw(document: dict[str, Any], path: Path) -> None:
     from minimoe.plots import roofline
 
@@ -163,8 +166,7 @@ def _draw(document: dict[str, Any], path: Path) -> None:
 
 def _print(document: dict[str, Any]) -> None:
     machine = document["machine"]
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    _clear_progress()
     threads = f"{document['threads']} threads"
     where = f"{machine['gpu']['card']} beside {machine['processor']}" if "gpu" in machine else machine["processor"]
     print(f"{report.sizes(document)} on {where}, {threads}, median of {document['rounds']} rounds\n")
