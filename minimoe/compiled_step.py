@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -21,7 +20,7 @@ from minimoe.arrays import is_bfloat16
 from minimoe.backends import Backend
 from minimoe.cache import KVCache
 from minimoe.config import ModelConfig
-from minimoe.loops import address, jit, pointer, storage
+from minimoe.loops import address, at_address, jit, storage
 from minimoe.ops.attention import numba_cpu as attention
 from minimoe.ops.embedding import numba_cpu as embedding
 from minimoe.ops.experts import numba_cpu as experts
@@ -160,46 +159,46 @@ def _step(
     ys, none = np.empty((B * k, D), f32), np.empty((0, k, D), f32)
 
     slots = kv_cache.write_all_positions(cache_pos, q_pos)
-    embedding.gather(tokens.reshape(-1), numba.carray(pointer(np.uintp(ends[0, 0])), (V, D), kept), x)
+    embedding.gather(tokens.reshape(-1), at_address(ends[0, 0], (V, D), kept), x)
     if embedding_multiplier != 1:
         x *= f32(embedding_multiplier)
     for i in range(len(table)):
         places = table[i]
-        norm = numba.carray(pointer(np.uintp(places[NORM1, 0])), (D,), kept)
+        norm = at_address(places[NORM1, 0], (D,), kept)
         rmsnorm.norm_rows(x, residual, norm, eps, y, h, r)
         for j in range(3):
             projections[j] = places[WQ + j, 0], places[WQ + j, 1], (H if j == 0 else K) * C
         linear.few(y, projections, stored, narrow, qkv)
         q_end, k_end = B * H * C, B * (H + K) * C
         new_q, new_k = qkv[:q_end].reshape(B, H, C), qkv[q_end:k_end].reshape(B, K, C)
-        k_cache = numba.carray(pointer(np.uintp(places[KEYS, 0])), (B, R, K, C), kept)
-        v_cache = numba.carray(pointer(np.uintp(places[VALUES, 0])), (B, R, K, C), kept)
+        k_cache = at_address(places[KEYS, 0], (B, R, K, C), kept)
+        v_cache = at_address(places[VALUES, 0], (B, R, K, C), kept)
         rope.rotate_into_cache(new_q, new_k, qkv[k_end:].reshape(B, K, C), cos, sin, k_cache, v_cache, slots, q)
         queries = q.reshape(B, 1, H, C)
         attention.forward_few(queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, bf16, context, lse)
         one[0] = places[WO, 0], places[WO, 1], D
         linear.few(context.reshape(B, H * C), one, stored, narrow, x.reshape(-1))
         if places[POST1, 0] != 0:
-            norm = numba.carray(pointer(np.uintp(places[POST1, 0])), (D,), kept)
+            norm = at_address(places[POST1, 0], (D,), kept)
             rmsnorm.norm_rows(x, x[:0], norm, eps, x, x, r)
 
-        norm = numba.carray(pointer(np.uintp(places[NORM2, 0])), (D,), kept)
+        norm = at_address(places[NORM2, 0], (D,), kept)
         rmsnorm.norm_rows(x, h, norm, eps, y, residual, r)
         seen = y if stored == kept else y.copy()
         if bf16:
             for n in range(B):
                 round_row(y[n], seen[n])
         if places[GATE, 0] != 0:
-            gating.few_logits(seen, numba.carray(pointer(np.uintp(places[GATE, 0])), (E, D), kept), router)
+            gating.few_logits(seen, at_address(places[GATE, 0], (E, D), kept), router)
             gating.choose_all(router, allowed, active, forced, renormalise, ids, weights)
         pairs, offsets, place = experts.dispatch(ids, E)
         experts.few(y, chosen[i], everyone, stored, gelu, narrow, pairs, offsets, k, gate_in, up, hidden, ys)
         experts.combine(ys, place, weights, x, none)
         if places[POST2, 0] != 0:
-            norm = numba.carray(pointer(np.uintp(places[POST2, 0])), (D,), kept)
+            norm = at_address(places[POST2, 0], (D,), kept)
             rmsnorm.norm_rows(x, x[:0], norm, eps, x, x, r)
 
-    norm = numba.carray(pointer(np.uintp(ends[1, 0])), (D,), kept)
+    norm = at_address(ends[1, 0], (D,), kept)
     rmsnorm.norm_rows(x, residual, norm, eps, y, h, r)
     one[0] = ends[2, 0], ends[2, 1], V
     linear.few(y, one, head, narrow_head, logits.reshape(-1))

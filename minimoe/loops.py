@@ -17,9 +17,7 @@ from typing import Any, TypeVar
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from minimoe.arrays import is_bfloat16
@@ -34,7 +32,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What a reduction needs to vectorise; NaN and Inf keep their meaning (no nnan, no ninf).
 FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
-CACHED = 1 << 20  # bytes of a matrix that a core finds in its own cache from one token to the next
 JITTED = ("loops.py", "products.py", "compiled_step.py")  # what has jitted code besides the rooms
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -192,53 +189,75 @@ def _tanh_float32(x):
 
 
 @intrinsic
-def _prefetch(typingctx, place):
-    """Ask for the cache line at an address; nothing happens if it is not mapped."""
+def _pointer(typingctx, address):
+    """Turn an integer address into the void pointer that numba.carray takes."""
 
     def codegen(context, builder, signature, args):
-        line, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [line, number, number, number])
-        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, keep, data = number(0), number(3), number(1)
-        builder.call(call, [builder.inttoptr(args[0], line), read, keep, data])
-        return context.get_dummy_value()
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
 
-    return types.void(types.uintp), codegen
+    return types.voidptr(address), codegen
+
+
+@jit(inline="always")
+def at_address(place, shape, dtype):
+    """Return the contiguous array that lies at an address, inside jitted code. It keeps nothing alive."""
+    return numba.carray(_pointer(np.uintp(place)), shape, dtype)
+
+
+def address(x: Array | None) -> int:
+    """Where an array begins; 0 where there is none. It keeps nothing alive."""
+    return 0 if x is None else int(x.__array_interface__["data"][0])
 
 
 @jit(fastmath=FAST)
 def dots(x, w, scale, start, stop, out):
-    """out[row] = x · w[row] for the rows start .. stop - 1, four at a time.
+    """out[n, row] = x[n] · w[row] for the rows start .. stop - 1: a matrix product for a few rows of x.
 
-    `scale` is the address of the rows' float32 scales (int8), or 0. Four rows at a time keep enough reads in flight to
-    use the memory's bandwidth. While they are read the next four are asked for, unless the matrix lies in a cache:
-    rows of a few KiB end before the processor sees where the reading goes. On one core, rows of 1,024 weights: 20 GB/s
-    became 25 in int8, 21 became 27 in bfloat16, 31 became 36 in float32. Two matrices read in turn, four rows of each,
-    reached 10, 17 and 29 without it, so many rows of one should come before those of the other.
+    `scale` is the address of the rows' float32 scales (int8), or 0. The rows are read in four streams, each a quarter
+    of them: four sums keep enough reads in flight, and a processor sees where a long stream goes. Four rows that are
+    neighbours are four streams within a few KiB, which it does not see through: int8 rows of 1,024 were read at half
+    the speed. With two rows of x at a time each weight is widened once for both.
     """
-    size = w.shape[1] * w.itemsize
-    fours = start + (stop - start) // 4 * 4
-    for row in range(start, fours, 4):
-        if w.shape[0] * size > CACHED:
-            ahead = w.ctypes.data + (row + 4) * size
-            for at in range(0, min(4, w.shape[0] - row - 4) * size, 64):
-                _prefetch(np.uintp(ahead + at))
-        y0 = y1 = y2 = y3 = x.dtype.type(0)
-        for i in range(x.shape[0]):
-            y0 += widen(w[row, i]) * x[i]
-            y1 += widen(w[row + 1, i]) * x[i]
-            y2 += widen(w[row + 2, i]) * x[i]
-            y3 += widen(w[row + 3, i]) * x[i]
-        out[row], out[row + 1], out[row + 2], out[row + 3] = y0, y1, y2, y3
-    for row in range(fours, stop):
-        y = x.dtype.type(0)
-        for i in range(x.shape[0]):
-            y += widen(w[row, i]) * x[i]
-        out[row] = y
+    N = x.shape[0]
+    quarter = (stop - start) // 4
+    zero = x.dtype.type(0)
+    for row in range(start, start + quarter):
+        row1, row2, row3 = row + quarter, row + 2 * quarter, row + 3 * quarter
+        for n in range(0, N - 1, 2):
+            y0 = y1 = y2 = y3 = z0 = z1 = z2 = z3 = zero
+            for i in range(x.shape[1]):
+                w0, w1, w2, w3 = widen(w[row, i]), widen(w[row1, i]), widen(w[row2, i]), widen(w[row3, i])
+                xy, xz = x[n, i], x[n + 1, i]
+                y0 += w0 * xy
+                y1 += w1 * xy
+                y2 += w2 * xy
+                y3 += w3 * xy
+                z0 += w0 * xz
+                z1 += w1 * xz
+                z2 += w2 * xz
+                z3 += w3 * xz
+            out[n, row], out[n, row1], out[n, row2], out[n, row3] = y0, y1, y2, y3
+            out[n + 1, row], out[n + 1, row1], out[n + 1, row2], out[n + 1, row3] = z0, z1, z2, z3
+        if N % 2:
+            n = N - 1
+            y0 = y1 = y2 = y3 = zero
+            for i in range(x.shape[1]):
+                y0 += widen(w[row, i]) * x[n, i]
+                y1 += widen(w[row1, i]) * x[n, i]
+                y2 += widen(w[row2, i]) * x[n, i]
+                y3 += widen(w[row3, i]) * x[n, i]
+            out[n, row], out[n, row1], out[n, row2], out[n, row3] = y0, y1, y2, y3
+    for row in range(start + 4 * quarter, stop):
+        for n in range(N):
+            y0 = zero
+            for i in range(x.shape[1]):
+                y0 += widen(w[row, i]) * x[n, i]
+            out[n, row] = y0
     if scale != 0:
-        factors = numba.carray(pointer(np.uintp(scale)), (w.shape[0],), np.float32)
-        for row in range(start, stop):
-            out[row] *= factors[row]
+        factors = at_address(scale, w.shape[0], np.float32)
+        for n in range(N):
+            for row in range(start, stop):
+                out[n, row] *= factors[row]
 
 
 def keep_freed_memory() -> bool:
@@ -254,18 +273,3 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     return bool(mallopt(trim_threshold, 1 << 30) and mallopt(mmap_threshold, 1 << 26))
-
-
-@intrinsic
-def pointer(typingctx, address):
-    """Turn an integer address into the void pointer that numba.carray takes."""
-
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(address), codegen
-
-
-def address(x: Array | None) -> int:
-    """Where an array begins; 0 where there is none. It keeps nothing alive."""
-    return 0 if x is None else int(x.__array_interface__["data"][0])

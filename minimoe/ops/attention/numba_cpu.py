@@ -12,8 +12,8 @@ backward too, are one small matrix product, `_add_columns`. A block holds the sc
 grows with S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so
 causal attention costs half.
 
-One token (decode) would leave most lanes empty: `forward_few` takes dot products along c instead, reads every key and
-value once for all heads of its group, and deals blocks of keys to threads.
+One token (decode) would leave most lanes empty: `forward_few` takes dot products along c instead, reads the cache as it
+lies, for all heads at once, and deals blocks of keys to threads.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from minimoe.shapes import Array
 
 LANES = 64  # queries per block; four vectors of 512 bits in float32
 FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
-KEYS = 1024  # of a block where queries are few
-SCORES, SOFTMAX, SUMS, OUT, WHOLE = range(5)  # phases where queries are few
+KEYS = 128  # of a block where queries are few; read as four streams, a multiple of 4
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 UNBOUNDED = 1 << 62  # a window that sees everything
 UNCAPPED = 0.0
@@ -232,8 +231,8 @@ def _seen(q_pos, k_pos, window):
     early, late = q_pos.min(), q_pos.max()
     first, last = len(k_pos), 0
     for s in range(len(k_pos)):
-        if k_pos[s] >= 0 and k_pos[s] <= late and early - k_pos[s] < window:
-            first, last = min(first, s), s + 1
+        is_seen = (k_pos[s] >= 0) & (k_pos[s] <= late) & (early - k_pos[s] < window)
+        first, last = min(first, s if is_seen else first), max(last, s + 1 if is_seen else 0)
     return min(first, last), last
 
 
@@ -360,161 +359,174 @@ def _add_product(out, a, b):
 def forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
     """Few queries: the keys that are seen are cut into blocks of KEYS, which are dealt to threads.
 
-    Blocks do not depend on the number of threads, and their sums are added in order, so the bits do not either.
+    A block is read for all heads at once, in the order in which its keys lie: head by head the reads would jump, and
+    what is not in a cache would take three times as long. Blocks do not depend on the number of threads, and their
+    sums are added in order, so the bits do not either.
     """
     (B, T, H, C), K, most = q.shape, k.shape[2], 0
+    G, queries = H // K, np.empty((B, K, T * H // K, C), q.dtype)
     seen = np.empty((B, 2), np.int64)
     for b in range(B):
         seen[b, 0], seen[b, 1] = _seen(q_pos[b], k_pos[b], window)
         most = max(most, seen[b, 1] - seen[b, 0])
+        for t in range(T):
+            for h in range(H):
+                for c in range(C):
+                    queries[b, h // G, t * G + h % G, c] = rounded(q[b, t, h, c]) if bf16 else q[b, t, h, c]
     blocks = max(1, (most + KEYS - 1) // KEYS)
-    scores = np.empty((B, K, T * H // K, most + 3), q.dtype)  # the last key is taken as one of four
-    sums = np.empty((B, K, blocks, T * H // K, C), q.dtype)
-    first, last = (WHOLE, WHOLE) if blocks == 1 else (SCORES, OUT)
-    for phase in range(first, last + 1):
-        items = B * K * blocks if phase in (SCORES, SUMS) else B * K
-        if B * H * most * C < FEW_PRODUCTS or phase == OUT:
-            for item in range(items):
-                _few(phase, item, q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, scores, sums, out, lse)
-        else:
-            for i in numba.prange(items):
-                at = np.int64(i)  # prange counts unsigned: that would be compiled anew
-                _few(phase, at, q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, scores, sums, out, lse)
-
-
-@jit()
-def _few(phase, item, q, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, scores, sums, out, lse):
-    """One phase for one key/value head, or for a block of its keys; or all phases, where there is one block."""
-    K, blocks = sums.shape[1], sums.shape[2]
-    block, head = 0, item
-    if phase in (SCORES, SUMS):
-        block, head = item % blocks, item // blocks
-    b, kh = head // K, head % K
-    if phase in (SCORES, WHOLE):
-        _few_scores(q, k, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, block, scores[b, kh])
-    if phase in (SOFTMAX, WHOLE):
-        _few_softmax(scores[b, kh], seen[b], bf16, b, kh, lse)
-    if phase in (SUMS, WHOLE):
-        _few_sums(v, scores[b, kh], seen[b], b, kh, block, sums[b, kh, block])
-    if phase in (OUT, WHOLE):
-        _few_out(sums[b, kh], b, kh, out)
+    scores = np.empty((B, blocks, K, T * G, KEYS), q.dtype)
+    tops, totals = np.empty((B, blocks, K, T * G), q.dtype), np.empty((B, blocks, K, T * G), q.dtype)
+    sums = np.empty((B, blocks, K, T * G, C), q.dtype)
+    serial = B * H * most * C < FEW_PRODUCTS
+    if serial:
+        for i in range(B * blocks):
+            _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, i, scores, tops, totals)
+    else:
+        for item in numba.prange(B * blocks):
+            i = np.int64(item)  # prange counts unsigned: that would be compiled anew
+            _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, i, scores, tops, totals)
+    _few_softmax(tops, totals, lse)
+    if serial:
+        for i in range(B * blocks):
+            _few_sums(v, scores, totals, bf16, seen, i, sums)
+    else:
+        for item in numba.prange(B * blocks):
+            _few_sums(v, scores, totals, bf16, seen, np.int64(item), sums)
+    _few_out(sums, out)
 
 
 @jit(fastmath=FAST)
-def _few_scores(q, k, q_pos, k_pos, window, scale, cap, bf16, seen, b, kh, block, scores):
-    """scores[i, s - first] = q[i] · k[s] of one block, scaled; -inf where query i does not see key s.
+def _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, scores, tops, totals):
+    """One block: e^(score - top) of every query with every key, the largest score, and the sum over the block.
 
-    Four keys and two queries at a time: eight sums, for which each number is read once.
+    Four keys, each from another quarter of the block, and two queries at a time: eight sums, for which each number is
+    read once. A score is scaled, and -inf where the query does not see the key.
     """
-    T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
-    first, start = seen[b, 0], seen[b, 0] + KEYS * block
-    stop = min(start + KEYS, seen[b, 1])
-    factor, bound = q.dtype.type(scale), q.dtype.type(cap)
-    queries = np.empty((T * G, C), q.dtype)
-    for i in range(T * G):
-        for c in range(C):
-            x = q[b, i // G, kh * G + i % G, c]
-            queries[i, c] = rounded(x) if bf16 else x
-    for s in range(start, stop, 4):
-        s1, s2, s3 = min(s + 1, stop - 1), min(s + 2, stop - 1), min(s + 3, stop - 1)
-        for i in range(0, T * G, 2):
-            j, at = min(i + 1, T * G - 1), s - first
-            y0 = y1 = y2 = y3 = z0 = z1 = z2 = z3 = q.dtype.type(0)
-            for c in range(C):
-                x0, x1 = queries[i, c], queries[j, c]
-                k0, k1, k2, k3 = (
-                    widen(k[b, s, kh, c]),
-                    widen(k[b, s1, kh, c]),
-                    widen(k[b, s2, kh, c]),
-                    widen(k[b, s3, kh, c]),
-                )
-                y0 += k0 * x0
-                y1 += k1 * x0
-                y2 += k2 * x0
-                y3 += k3 * x0
-                z0 += k0 * x1
-                z1 += k1 * x1
-                z2 += k2 * x1
-                z3 += k3 * x1
-            scores[i, at], scores[i, at + 1], scores[i, at + 2], scores[i, at + 3] = y0, y1, y2, y3
-            scores[j, at], scores[j, at + 1], scores[j, at + 2], scores[j, at + 3] = z0, z1, z2, z3
-    for i in range(T * G):
-        row, position = scores[i], q_pos[b, i // G]
-        for s in range(start, stop):
-            score = row[s - first] * factor
-            row[s - first] = score if cap == UNCAPPED else bound * tanh(score / bound)
-        for s in range(start, stop):
-            distance = position - k_pos[b, s]
-            if k_pos[b, s] < 0 or distance < 0 or distance >= window:
-                row[s - first] = -np.inf
-
-
-@jit(fastmath=FMA)
-def _few_softmax(scores, seen, bf16, b, kh, lse):
-    """Softmax over the keys of one key/value head, in place."""
-    queries, keys = len(scores), seen[1] - seen[0]
-    G = queries // lse.shape[1]
-    for i in range(queries):
-        row = scores[i, :keys]
-        scores[i, keys:] = 0
-        top = scores.dtype.type(-np.inf)
-        for s in range(keys):
-            top = max(top, row[s])
-        if top == -np.inf:  # no key is seen
-            row[:] = 0
-            lse[b, i // G, kh * G + i % G] = top
-            continue
-        for s in range(keys):
-            row[s] = exp(row[s] - top)
-        total = scores.dtype.type(0)
-        for s in range(keys):
-            total += row[s]
-        lse[b, i // G, kh * G + i % G] = top + np.log(total)
-        for s in range(keys):
-            row[s] = rounded(row[s] / total) if bf16 else row[s] / total
-
-
-@jit(fastmath=FMA)
-def _few_sums(v, probs, seen, b, kh, block, sums):
-    """sums[i] = Σ_s probs[i, s - first] · v[s] over one block."""
-    queries, C, first = len(probs), v.shape[3], seen[0]
-    start = first + KEYS * block
-    last = seen[1] - 1
-    sums[:] = 0
-    for s in range(start, min(start + KEYS, seen[1]), 4):
-        v0, v1, v2, v3 = v[b, s, kh], v[b, min(s + 1, last), kh], v[b, min(s + 2, last), kh], v[b, min(s + 3, last), kh]
-        at = s - first
-        for i in range(0, queries - 1, 2):
-            y, z, p, r = sums[i], sums[i + 1], probs[i], probs[i + 1]
-            p0, p1, p2, p3, r0, r1, r2, r3 = (
-                p[at],
-                p[at + 1],
-                p[at + 2],
-                p[at + 3],
-                r[at],
-                r[at + 1],
-                r[at + 2],
-                r[at + 3],
-            )
-            for c in range(C):
-                x0, x1, x2, x3 = widen(v0[c]), widen(v1[c]), widen(v2[c]), widen(v3[c])
-                y[c] = y[c] + p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3
-                z[c] = z[c] + r0 * x0 + r1 * x1 + r2 * x2 + r3 * x3
-        if queries % 2:
-            y, p = sums[queries - 1], probs[queries - 1]
-            p0, p1, p2, p3 = p[at], p[at + 1], p[at + 2], p[at + 3]
-            for c in range(C):
-                y[c] = y[c] + p0 * widen(v0[c]) + p1 * widen(v1[c]) + p2 * widen(v2[c]) + p3 * widen(v3[c])
+    K, group, C, blocks = queries.shape[1], queries.shape[2], queries.shape[3], scores.shape[1]
+    b, block = item // blocks, item % blocks
+    start = seen[b, 0] + KEYS * block
+    keys = max(0, min(KEYS, seen[b, 1] - start))
+    quarter, last = (keys + 3) // 4, keys - 1
+    factor, bound, minus_inf = scores.dtype.type(scale), scores.dtype.type(cap), scores.dtype.type(-np.inf)
+    for s in range(quarter):
+        s1, s2, s3 = min(s + quarter, last), min(s + 2 * quarter, last), min(s + 3 * quarter, last)
+        for kh in range(K):
+            rows, x = scores[b, block, kh], queries[b, kh]
+            for i in range(0, group, 2):
+                j = min(i + 1, group - 1)
+                y0 = y1 = y2 = y3 = z0 = z1 = z2 = z3 = scores.dtype.type(0)
+                for c in range(C):
+                    k0, k1 = widen(k[b, start + s, kh, c]), widen(k[b, start + s1, kh, c])
+                    k2, k3 = widen(k[b, start + s2, kh, c]), widen(k[b, start + s3, kh, c])
+                    y0 += k0 * x[i, c]
+                    y1 += k1 * x[i, c]
+                    y2 += k2 * x[i, c]
+                    y3 += k3 * x[i, c]
+                    z0 += k0 * x[j, c]
+                    z1 += k1 * x[j, c]
+                    z2 += k2 * x[j, c]
+                    z3 += k3 * x[j, c]
+                rows[i, s], rows[i, s1], rows[i, s2], rows[i, s3] = y0, y1, y2, y3
+                rows[j, s], rows[j, s1], rows[j, s2], rows[j, s3] = z0, z1, z2, z3
+    T = q_pos.shape[1]
+    G = group // T
+    for kh in range(K):
+        for i in range(group):
+            row, position = scores[b, block, kh, i], q_pos[b, i // G]
+            for s in range(keys):
+                score = row[s] * factor
+                row[s] = score if cap == UNCAPPED else bound * tanh(score / bound)
+            for s in range(keys):
+                distance = position - k_pos[b, start + s]
+                if k_pos[b, start + s] < 0 or distance < 0 or distance >= window:
+                    row[s] = minus_inf
+            row[keys:] = minus_inf
+            t0 = t1 = t2 = t3 = minus_inf
+            for s in range(0, KEYS, 4):
+                t0, t1 = max(t0, row[s]), max(t1, row[s + 1])
+                t2, t3 = max(t2, row[s + 2]), max(t3, row[s + 3])
+            top, total = max(max(t0, t1), max(t2, t3)), scores.dtype.type(0)
+            shift = top if top > minus_inf else total  # no visible key: e^(-inf - 0) = 0, not NaN
+            for s in range(KEYS):
+                row[s] = exp(row[s] - shift)
+                total += row[s]
+            tops[b, block, kh, i], totals[b, block, kh, i] = top, total
 
 
 @jit()
-def _few_out(sums, b, kh, out):
+def _few_softmax(tops, totals, lse):
+    """Put what makes probabilities of each block's numbers, a factor, in the place of `totals`; `tops` is spent."""
+    B, blocks, K, group = tops.shape
+    T = lse.shape[1]
+    G = group // T
+    for b in range(B):
+        for kh in range(K):
+            for i in range(group):
+                top, total = tops.dtype.type(-np.inf), tops.dtype.type(0)
+                for block in range(blocks):
+                    top = max(top, tops[b, block, kh, i])
+                shift = top if top > -np.inf else total
+                for block in range(blocks):
+                    tops[b, block, kh, i] = exp(tops[b, block, kh, i] - shift)
+                    total += totals[b, block, kh, i] * tops[b, block, kh, i]
+                lse[b, i // G, kh * G + i % G] = -np.inf if total == 0 else top + np.log(total)
+                divisor = total if total != 0 else tops.dtype.type(1)
+                for block in range(blocks):
+                    totals[b, block, kh, i] = tops[b, block, kh, i] / divisor
+
+
+@jit(fastmath=FMA)
+def _few_sums(v, scores, factors, bf16, seen, item, sums):
+    """One block: sums[i] = Σ_s probability[i, s] · v[s], four values at a time, each from another quarter."""
+    blocks, K, group, C = sums.shape[1:]
+    b, block = item // blocks, item % blocks
+    start = seen[b, 0] + KEYS * block
+    keys = max(0, min(KEYS, seen[b, 1] - start))
+    quarter = keys // 4
+    for kh in range(K):
+        for i in range(group):
+            row, factor = scores[b, block, kh, i], factors[b, block, kh, i]
+            for s in range(keys):
+                row[s] = rounded(row[s] * factor) if bf16 else row[s] * factor
+    sums[b, block] = 0
+    for s in range(quarter):
+        s1, s2, s3 = s + quarter, s + 2 * quarter, s + 3 * quarter
+        for kh in range(K):
+            v0, v1 = v[b, start + s, kh], v[b, start + s1, kh]
+            v2, v3 = v[b, start + s2, kh], v[b, start + s3, kh]
+            for i in range(0, group - 1, 2):
+                y, z = sums[b, block, kh, i], sums[b, block, kh, i + 1]
+                p, r = scores[b, block, kh, i], scores[b, block, kh, i + 1]
+                p0, p1, p2, p3 = p[s], p[s1], p[s2], p[s3]
+                r0, r1, r2, r3 = r[s], r[s1], r[s2], r[s3]
+                for c in range(C):
+                    x0, x1, x2, x3 = widen(v0[c]), widen(v1[c]), widen(v2[c]), widen(v3[c])
+                    y[c] = y[c] + p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3
+                    z[c] = z[c] + r0 * x0 + r1 * x1 + r2 * x2 + r3 * x3
+            if group % 2:
+                y, p = sums[b, block, kh, group - 1], scores[b, block, kh, group - 1]
+                p0, p1, p2, p3 = p[s], p[s1], p[s2], p[s3]
+                for c in range(C):
+                    y[c] = y[c] + p0 * widen(v0[c]) + p1 * widen(v1[c]) + p2 * widen(v2[c]) + p3 * widen(v3[c])
+    for s in range(4 * quarter, keys):
+        for kh in range(K):
+            for i in range(group):
+                y, p, value = sums[b, block, kh, i], scores[b, block, kh, i, s], v[b, start + s, kh]
+                for c in range(C):
+                    y[c] += p * widen(value[c])
+
+
+@jit()
+def _few_out(sums, out):
     """Add up the blocks, in order."""
-    blocks, queries, C = sums.shape
-    G = queries // out.shape[1]
-    for i in range(queries):
-        for c in range(C):
-            total = sums[0, i, c]
-            for block in range(1, blocks):
-                total += sums[block, i, c]
-            out[b, i // G, kh * G + i % G, c] = total
+    B, blocks, K, group, C = sums.shape
+    G = out.shape[2] // K
+    for b in range(B):
+        for kh in range(K):
+            for i in range(group):
+                target = out[b, i // G, kh * G + i % G]
+                for c in range(C):
+                    target[c] = sums[b, 0, kh, i, c]
+                for block in range(1, blocks):
+                    for c in range(C):
+                        target[c] += sums[b, block, kh, i, c]

@@ -18,16 +18,16 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, address, dots, jit, pointer, rounded, sigmoid, storage
+from minimoe.loops import FAST, address, at_address, dots, jit, rounded, sigmoid, storage
 from minimoe.ops.experts import Saved, check_activation
 from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 
-FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
+FEW_ROWS = 16  # up to here BLAS, which first copies the weights, is slower
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
-ROWS = 32  # of a block, the work that is dealt to threads
+ROWS = 64  # of a block, the work that is dealt to threads
 ROOT, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # gelu_tanh(z) = z · sigmoid(ROOT · (z + CUBE · z³))
 
 
@@ -157,9 +157,10 @@ def few(x, table, listed, dtype, gelu, bf16, pairs, offsets, k, gate_in, up, hid
     `table` (2, 3, listed): where w1, w2 and w3 of each expert of the list lie, and the scales of their rows (0 = none).
     """
     (M, F), D = gate_in.shape, x.shape[1]
-    segments = np.empty(
-        (len(listed), 3), np.int64
-    )  # of the experts that have tokens: place in the list, first row, end
+    xs = np.empty((M, D), x.dtype)
+    for row in range(M):
+        xs[row] = x[pairs[row] // k]
+    segments = np.empty((len(listed), 3), np.int64)  # place in the list, first row, end: of experts that have tokens
     chosen = 0
     for i in range(len(listed)):
         start, stop = offsets[listed[i]], offsets[listed[i] + 1]
@@ -169,41 +170,36 @@ def few(x, table, listed, dtype, gelu, bf16, pairs, offsets, k, gate_in, up, hid
     ups, downs = (F + ROWS - 1) // ROWS, (D + ROWS - 1) // ROWS
     if 3 * M * F * D < FEW_PRODUCTS:
         for i in range(chosen * ups):
-            start = ROWS * (i % ups)
-            _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments[i // ups], k, start, gate_in, up, hidden)
+            _hidden_rows(xs, table, dtype, gelu, bf16, segments[i // ups], ROWS * (i % ups), gate_in, up, hidden)
         for i in range(chosen * downs):
             _output_rows(table, dtype, segments[i // downs], ROWS * (i % downs), hidden, ys)
     else:
         for item in numba.prange(chosen * ups):
-            block = np.int64(item)  # prange counts unsigned
-            start = ROWS * (block % ups)
-            _hidden_rows(x, table, dtype, gelu, bf16, pairs, segments[block // ups], k, start, gate_in, up, hidden)
+            i = np.int64(item)  # prange counts unsigned
+            _hidden_rows(xs, table, dtype, gelu, bf16, segments[i // ups], ROWS * (i % ups), gate_in, up, hidden)
         for item in numba.prange(chosen * downs):
-            block = np.int64(item)
-            _output_rows(table, dtype, segments[block // downs], ROWS * (block % downs), hidden, ys)
+            i = np.int64(item)
+            _output_rows(table, dtype, segments[i // downs], ROWS * (i % downs), hidden, ys)
 
 
 @jit()
-def _hidden_rows(x, table, dtype, gelu, bf16, pairs, segment, k, start, gate_in, up, hidden):
+def _hidden_rows(xs, table, dtype, gelu, bf16, segment, start, gate_in, up, hidden):
     """ROWS rows from `start` of w1, then of w3, of one expert, for all its tokens."""
-    F, D, i = gate_in.shape[1], x.shape[1], segment[0]
-    w1 = numba.carray(pointer(np.uintp(table[0, 0, i])), (F, D), dtype)
-    w3 = numba.carray(pointer(np.uintp(table[0, 2, i])), (F, D), dtype)
+    F, D, i, first, last = gate_in.shape[1], xs.shape[1], segment[0], segment[1], segment[2]
+    w1, w3 = at_address(table[0, 0, i], (F, D), dtype), at_address(table[0, 2, i], (F, D), dtype)
     stop = min(start + ROWS, F)
-    for row in range(segment[1], segment[2]):
-        xe, g, u, h = x[pairs[row] // k], gate_in[row], up[row], hidden[row]
-        dots(xe, w1, table[1, 0, i], start, stop, g)
-        dots(xe, w3, table[1, 2, i], start, stop, u)
-        _activate_row(g[start:stop], u[start:stop], gelu, bf16, h[start:stop])
+    dots(xs[first:last], w1, table[1, 0, i], start, stop, gate_in[first:last])
+    dots(xs[first:last], w3, table[1, 2, i], start, stop, up[first:last])
+    for row in range(first, last):
+        _activate_row(gate_in[row, start:stop], up[row, start:stop], gelu, bf16, hidden[row, start:stop])
 
 
 @jit()
 def _output_rows(table, dtype, segment, start, hidden, ys):
     """ROWS rows from `start` of w2 of one expert, for all its tokens."""
-    F, D, i = hidden.shape[1], ys.shape[1], segment[0]
-    w2 = numba.carray(pointer(np.uintp(table[0, 1, i])), (D, F), dtype)
-    for row in range(segment[1], segment[2]):
-        dots(hidden[row], w2, table[1, 1, i], start, min(start + ROWS, D), ys[row])
+    F, D, i, first, last = hidden.shape[1], ys.shape[1], segment[0], segment[1], segment[2]
+    w2 = at_address(table[0, 1, i], (D, F), dtype)
+    dots(hidden[first:last], w2, table[1, 1, i], start, min(start + ROWS, D), ys[first:last])
 
 
 @jit()

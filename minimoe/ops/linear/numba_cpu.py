@@ -1,7 +1,8 @@
 """Linear maps on the CPU: BLAS for many rows, a matrix-vector loop for few.
 
-With few rows the time is that of reading the weights: the loop reads each once, four rows at a time, on all cores, and
-widens bfloat16 in registers. With many rows, or with weights so small that the call itself costs most, NumPy's BLAS.
+With few rows the time is that of reading the weights: the loop reads each once, whatever the number of rows, on all
+cores, and widens bfloat16 in registers. With many rows, or with weights so small that the call itself costs most,
+NumPy's BLAS.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import address, dots, jit, pointer, rounded, storage
+from minimoe.loops import address, at_address, dots, jit, rounded, storage
 from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 
-FEW_ROWS = 4  # up to here reading the weights costs more than multiplying
+FEW_ROWS = 16  # up to here BLAS, which first copies the weights, is slower
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
-ROWS = 16  # of a block, the work that is dealt to threads
+ROWS = 32  # of a block, the work that is dealt to threads
 
 
 def forward(
@@ -94,7 +95,6 @@ def _block(x, table, dtype, out, block):
         start += N * table[weight, 2]
         weight += 1
     place, scale, rows = table[weight]
-    w = numba.carray(pointer(np.uintp(place)), (rows, x.shape[1]), dtype)
-    for n in range(N):
-        y = out[start + n * rows : start + (n + 1) * rows]
-        dots(x[n], w, scale, ROWS * block, min(ROWS * (block + 1), rows), y)
+    w = at_address(place, (rows, x.shape[1]), dtype)
+    y = out[start : start + N * rows].reshape(N, rows)
+    dots(x, w, scale, ROWS * block, min(ROWS * (block + 1), rows), y)
