@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out `minimoe chat`: answer each line of standard input."""
     if args.seed is not None and args.seed < 0:
         raise ValueError(f"--seed must be at least 0, not {args.seed}")
-    model = load_model(args)
+    model = load_model(args, generates=True)
     folder = tokenizer_of(model, args.model).path.parent
     if (doubt := _doubt(folder)) is not None:
         note(f"{args.model}: {doubt}")

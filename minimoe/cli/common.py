@@ -65,8 +65,8 @@ def add_window(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, metavar="TOKENS", help=text)
 
 
-def load_model(args: argparse.Namespace) -> Model:
-    """Load the model of --model on --backend, and say so if its loops must be compiled first."""
+def load_model(args: argparse.Namespace, generates: bool = False) -> Model:
+    """Load the model of --model on --backend; compile its loops ahead if that was never done, and say so."""
     given = {name: value for name, value in vars(args).items() if name in ("dtype", "mmap", "tokenizer")}
     model = load(args.model, backend=args.backend, **given)
     if args.threads is not None:
@@ -76,6 +76,10 @@ def load_model(args: argparse.Namespace) -> Model:
 
         if next(Path(cache_folder()).rglob("*.nbc"), None) is None:
             note("Numba compiles the loops for this machine, once: this takes some tens of seconds …")
+            if generates:
+                from minimoe.cli.ahead import compile_ahead
+
+                compile_ahead(model)
     return model
 
 

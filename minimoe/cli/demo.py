@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seed must be at least 0, not {args.seed}")
     args.model, path = "tiny", args.out / FIGURE
     check_writable(path)
-    model = load_model(args)
+    model = load_model(args, generates=True)
     if not args.json:
         print(f"{model!r}\n")
     continued = continuations(model, args.max_new_tokens, args.seed)

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         prompt.encode("utf-8")
     except UnicodeEncodeError:  # bytes of the command line that are no text come as lone surrogates
         raise ValueError("PROMPT is not valid UTF-8") from None
-    model = load_model(args)
+    model = load_model(args, generates=True)
     tokenizer = tokenizer_of(model, args.model)
     watch = Watch(model) if args.stats or args.figure is not None else None
     start = time.perf_counter()

@@ -101,9 +101,8 @@ def _forward(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
         # A late block sees more keys than an early one: an item does one from either end.
         b, kh, early = item // (K * pairs), item // pairs % K, np.int64(item % pairs)
         late = blocks - 1 - early
-        _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh, early)
-        if late > early:
-            _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh, late)
+        for block in range(early, late + 1, max(1, late - early)):
+            _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh, block)
 
 
 @jit(fastmath=FMA)

@@ -46,7 +46,7 @@ def _forward(logits, targets, losses, lse):
             _forward_row(logits, targets, n, losses, lse)
     else:
         for n in prange(N):
-            _forward_row(logits, targets, n, losses, lse)
+            _forward_row(logits, targets, np.int64(n), losses, lse)  # prange counts unsigned: it would be compiled anew
     # The mean is added up by one thread, in the order of n, whatever the number of threads.
     total, counted = 0.0, 0
     for n in range(N):
@@ -107,7 +107,7 @@ def _backward(scale, logits, targets, lse, dlogits):
             _backward_row(scale, logits, targets, lse, n, dlogits)
     else:
         for n in prange(N):
-            _backward_row(scale, logits, targets, lse, n, dlogits)
+            _backward_row(scale, logits, targets, lse, np.int64(n), dlogits)
 
 
 @jit()

@@ -66,7 +66,8 @@ def backward(
 
 @jit()
 def few_logits(x, gate, logits):
-    dots(x, gate, 0, 0, len(gate), logits)
+    nothing = np.int64(0)  # a literal 0 would be compiled for
+    dots(x, gate, nothing, nothing, len(gate), logits)
 
 
 @jit(parallel=True)
