@@ -77,6 +77,7 @@ def _measure_model(
     named = (
         f"{document['model']}, {source.dtype}, {source.config.num_layers} layers, {source.config.num_experts} experts"
     )
+    keep_freed_memory()  # as the other commands do
     say(f"{named}: making the model …")
     params = source.params()
     with ExitStack() as stack:
@@ -90,8 +91,6 @@ def _measure_model(
             document.setdefault("peer_rates", {})[source.dtype] = rate
         for what, batch, context in plan.tasks:
             say(f"{named}: {what}, batch {batch}, context {context} …")
-            if what == "train":
-                keep_freed_memory()  # as `minimoe train` does
             wanted = task(what, source.config, batch, context)
             document["results"] += _measure_task(order, source, params, wanted, probes, peer)
     for what, batch, context in plan.profiled:

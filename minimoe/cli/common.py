@@ -66,14 +66,18 @@ def add_window(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace, generates: bool = False) -> Model:
-    """Load the model of --model on --backend; compile its loops ahead if that was never done, and say so."""
+    """Load the model of --model on --backend; compile its loops ahead if that was never done, and say so.
+
+    With `generates` those of decoding too.
+    """
     given = {name: value for name, value in vars(args).items() if name in ("dtype", "mmap", "tokenizer")}
     model = load(args.model, backend=args.backend, **given)
     if args.threads is not None:
         threads.use(args.threads, "--threads")
     if model.ops.name == "numba":
-        from minimoe.loops import cache_folder
+        from minimoe.loops import cache_folder, keep_freed_memory
 
+        keep_freed_memory()
         if next(Path(cache_folder()).rglob("*.nbc"), None) is None:
             note("Numba compiles the loops for this machine, once: this takes some tens of seconds …")
             if generates:
