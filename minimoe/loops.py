@@ -69,6 +69,24 @@ def storage(x: Array) -> Array:
     return x.view(np.uint16) if is_bfloat16(x) else x
 
 
+def weight_view(w: Array) -> Array:
+    """View a weight as the loops take it: contiguous, `storage`, and of one type whether it is mapped or not.
+
+    A mapped weight is read-only, which to Numba is another type: everything would be compiled twice. The loops only
+    read weights, so they get a view that is not marked.
+    """
+    w = storage(np.ascontiguousarray(w))
+    return w if w.flags.writeable else np.asarray(_Unmarked(w))
+
+
+class _Unmarked:
+    """An array's memory by NumPy's array interface, without the mark that it is read-only."""
+
+    def __init__(self, x: Array) -> None:
+        self.x = x  # kept alive by what is made of it
+        self.__array_interface__ = {**x.__array_interface__, "data": (address(x), False)}
+
+
 def widen(x: Any) -> Any:
     """One stored number in arithmetic type, inside jitted code: uint16 holds a bfloat16; it and int8 become float32."""
     raise NotImplementedError("for jitted code only")
@@ -214,9 +232,9 @@ def dots(x, w, scale, start, stop, out):
     """out[n, row] = x[n] · w[row] for the rows start .. stop - 1: a matrix product for a few rows of x.
 
     `scale` is the address of the rows' float32 scales (int8), or 0. The rows are read in four streams, each a quarter
-    of them: four sums keep enough reads in flight, and a processor sees where a long stream goes. Four rows that are
-    neighbours are four streams within a few KiB, which it does not see through: int8 rows of 1,024 were read at half
-    the speed. With two rows of x at a time each weight is widened once for both.
+    of them: four keep enough reads in flight, and a processor recognises where a long stream goes. Four rows that are
+    neighbours are four streams within a few KiB, a pattern that it does not: int8 rows of 1,024 were read at half the
+    speed. With two rows of x at a time each weight is widened once for both.
     """
     N = x.shape[0]
     quarter = (stop - start) // 4

@@ -28,7 +28,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import jit, rounded, storage, widen
+from minimoe.loops import jit, rounded, weight_view, widen
 from minimoe.quantized import Int8
 from minimoe.shapes import Array
 
@@ -159,7 +159,7 @@ def _widened(right: Array | Int8, dtype: Any) -> Array:
     if not right.flags.c_contiguous and right.T.flags.c_contiguous:  # wᵀ, as in every forward
         return _widened(right.T, dtype).T
     out = np.empty(right.shape, np.float32)
-    _widen_all(storage(np.ascontiguousarray(right)), out)
+    _widen_all(weight_view(right), out)
     return out
 
 

@@ -1,5 +1,6 @@
 """What is compiled ahead is what generating needs, and a second process that fails harms nothing."""
 
+import subprocess
 import sys
 
 import numpy as np
@@ -8,45 +9,70 @@ import pytest
 import minimoe
 from minimoe import compiled_step
 from minimoe.cli import ahead
-from minimoe.ops.experts import numba_cpu as experts
+
+# Run in a fresh process, where nothing has been compiled or read from the cache before.
+SAME_EXPERTS = """
+from minimoe.cli import ahead
+from minimoe.ops.experts.numba_cpu import few
+ahead._read_a_prompt("bfloat16")
+before = list(few.signatures)
+ahead._decode_a_step("bfloat16")
+assert before and list(few.signatures) == before, few.signatures
+"""
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.fixture(scope="module")
+def tiny():
+    return minimoe.load("tiny", backend="numba")
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_generating_compiles_nothing_more(kind):
-    ahead._compile_step(kind)
+    ahead._decode_a_step(kind)
     steps = list(compiled_step._step.signatures)
     assert steps
     minimoe.load("tiny", backend="numba", dtype=kind).generate_ids(np.zeros((1, 4), np.int64), max_new_tokens=3)
     assert list(compiled_step._step.signatures) == steps
 
 
-def test_the_other_process_finds_the_experts_done(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "true")  # does nothing
-    ahead.compile_ahead(minimoe.load("tiny", backend="numba"))
-    few = list(experts.few.signatures)
-    assert few
-    ahead._compile_step("bfloat16")
-    assert list(experts.few.signatures) == few
+def test_a_step_takes_the_experts_that_the_prompt_compiled():
+    subprocess.run([sys.executable, "-c", SAME_EXPERTS], check=True)
 
 
-def test_a_second_process_that_fails_is_done_without(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "false")
-    ahead.compile_ahead(minimoe.load("tiny", backend="numba"))
+@pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16", "int8"])
+def test_the_second_process_does_its_part(kind, tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemExit('the wrong file')")
+    monkeypatch.chdir(tmp_path)
+    other = ahead._start(kind)
+    assert other is not None and other.wait(ahead.PATIENCE) == 0
 
 
-def test_the_second_process_is_ended_when_this_one_is_interrupted(monkeypatch):
-    started = []
-    popen = ahead.subprocess.Popen
+@pytest.mark.parametrize("code", ["raise SystemExit(1)", "import time; time.sleep(600)"], ids=["fails", "hangs"])
+def test_a_second_process_that_fails_is_done_without(code, tiny, monkeypatch):
+    monkeypatch.setattr(ahead, "PROGRAM", [sys.executable, "-c", code])
+    monkeypatch.setattr(ahead, "PATIENCE", 0.1)
+    ahead.compile_ahead(tiny)
 
-    def slow(command, **options):
-        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **options))
+
+def test_a_second_process_that_cannot_be_started_is_done_without(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "PROGRAM", [str(tmp_path / "missing")])
+    assert ahead._start("float32") is None
+    ahead.compile_ahead(tiny)
+
+
+def test_the_second_process_ends_when_this_one_is_interrupted(tiny, monkeypatch):
+    started, start = [], ahead._start
+
+    def remembered(kind):
+        started.append(start(kind))
         return started[-1]
 
     def interrupted(kind):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ahead.subprocess, "Popen", slow)
-    monkeypatch.setattr(ahead, "_small", interrupted)
+    monkeypatch.setattr(ahead, "PROGRAM", [sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(ahead, "_start", remembered)
+    monkeypatch.setattr(ahead, "_read_a_prompt", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        ahead.compile_ahead(minimoe.load("tiny", backend="numba"))
-    assert started[0].wait(10) != 0
+        ahead.compile_ahead(tiny)
+    assert started[0].returncode != 0

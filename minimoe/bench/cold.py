@@ -52,6 +52,10 @@ def _main(order: dict[str, Any]) -> dict[str, float]:
     config = minimoe.ModelConfig(**order["config"])
     setting = {"backend": order["backend"], "dtype": order["dtype"]}
     begin = perf_counter()
+    if order["backend"] == "numba":
+        from minimoe.loops import keep_freed_memory
+
+        keep_freed_memory()  # as the commands do
     model = random(config, **setting) if order["folder"] is None else load(order["folder"], **setting)
     there = perf_counter()
     reset_peak()

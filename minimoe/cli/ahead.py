@@ -1,49 +1,74 @@
 """Compile the loops of the CPU before they are needed, by two processes at once: in one, Numba compiles one at a time.
 
-This process compiles what reads a prompt, another (this file run as a program) what continues it, half of it all. The
-second finds the way back by the cache on the disk, where every process looks first.
+This process compiles what reads a prompt; another, this file run as a program, compiles a step of decoding, which is
+about as much. What the second has compiled reaches the first through the cache on the disk.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
 from minimoe.model import Model, load
 
+PATIENCE = 300  # seconds to wait for the second process; without it, everything is compiled when it is needed
+PROGRAM = [sys.executable, "-P", "-m", "minimoe.cli.ahead"]  # -P: nothing is imported from the user's folder
+
 
 def compile_ahead(model: Model) -> None:
-    """Compile what generating with a model of this storage type needs; on the bundled one, which is small."""
+    """Compile what generating with a model of this storage type needs (int8: made from bfloat16).
+
+    It is tried on the bundled model, which is small. If the second process cannot be started, or fails, this one
+    compiles its part too, when it comes to it.
+    """
     kind = np.dtype(model.params.layers[0].attention.wq.dtype).name
-    command = [sys.executable, "-m", "minimoe.cli.ahead", kind]
-    other = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    other = _start(kind)
     try:
-        small = _small(kind)
-        # The experts of few tokens first: the other process comes to them last, and finds them done.
-        layer, k = small.params.layers[0].feed_forward, small.config.num_experts_per_token
-        x = np.zeros((1, small.config.hidden_size), "float64" if kind == "float64" else "float32")
-        small.ops.experts.forward(x, layer.w1, layer.w2, layer.w3, np.arange(k)[None], np.ones((1, k), np.float32))
-        small.generate_ids(np.zeros((2, 32), np.int64), max_new_tokens=1)
-        other.wait()
+        _read_a_prompt(kind)
+        if other is not None:
+            with suppress(subprocess.TimeoutExpired):
+                other.wait(PATIENCE)
     finally:
-        other.kill()  # where Ctrl-C or an error comes first; what it has compiled until then is kept
+        if other is not None:
+            other.kill()  # where it hangs, or Ctrl-C came first; what it has compiled until then is kept
+            other.wait()
 
 
-def _compile_step(kind: str) -> None:
+def _start(kind: str) -> subprocess.Popen[bytes] | None:
+    package = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    nothing = subprocess.DEVNULL
+    with suppress(OSError):
+        return subprocess.Popen(
+            [*PROGRAM, kind], env=os.environ | {"PYTHONPATH": path}, stdin=nothing, stdout=nothing, stderr=nothing
+        )
+    return None
+
+
+def _read_a_prompt(kind: str) -> None:
+    """Compile what reads a prompt, and before it the experts of few tokens: a step of decoding comes to them last."""
+    model = load("tiny", backend="numba", dtype=kind)
+    experts, k = model.params.layers[0].feed_forward, model.config.num_experts_per_token
+    x = np.zeros((1, model.config.hidden_size), "float64" if kind == "float64" else "float32")
+    ids, weights = np.arange(k)[None], np.ones((1, k), x.dtype)
+    model.ops.experts.forward(x, experts.w1, experts.w2, experts.w3, ids, weights)
+    model.generate_ids(np.zeros((2, 32), np.int64), max_new_tokens=1)
+
+
+def _decode_a_step(kind: str) -> None:
     """Compile a step of decoding, without reading a prompt."""
     from minimoe import compiled_step
 
-    model = _small(kind)
+    model = load("tiny", backend="numba", dtype=kind)
     step = compiled_step.prepared(model.ops, model.config, model.params, model.new_cache())
     if step is not None:  # float64 is done op by op
         step(np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
 
 
-def _small(kind: str) -> Model:
-    return load("tiny", backend="numba", dtype=kind)
-
-
 if __name__ == "__main__":
-    _compile_step(sys.argv[1])
+    _decode_a_step(sys.argv[1])

@@ -194,17 +194,70 @@ def test_explain_names_what_forward_computes(scores):
         assert_close(np.log(np.exp(inner["scores"]).sum(-1)).swapaxes(1, 2), lse)
 
 
-@pytest.mark.parametrize("C", [6, 40], ids=["one thread", "threads"])
-@pytest.mark.parametrize("window", [None, 1500])
-def test_blocks_of_keys_add_up(C, window):
-    """Few queries, more keys than a block holds; rows of the batch see different numbers of them."""
-    q, k, v, q_pos, k_pos = draw(2, 1, 2 * numba_cpu.KEYS + 337, 6, 2, C, 1200)
-    found, truth = (module.forward(q, k, v, q_pos, k_pos, window) for module in (numba_cpu, reference))
-    assert_close(found, truth)
+KINDS = pytest.mark.parametrize("kind", ["float64", "float32", "bfloat16"])
+
+
+def stored(kind, q, k, v):
+    """The inputs in the types that a model of this storage type has, and the error that its sums may make."""
+    held = BFLOAT16 if kind == "bfloat16" else kind
+    return q.astype("float64" if kind == "float64" else "float32"), k.astype(held), v.astype(held)
+
+
+@KINDS
+@pytest.mark.parametrize(("C", "threads"), [(6, False), (100, True)])
+@pytest.mark.parametrize("window", [None, 3 * numba_cpu.KEYS + 7])
+@pytest.mark.parametrize(("T", "H", "K"), [(1, 6, 2), (1, 4, 1), (2, 8, 4)])
+def test_blocks_of_keys_add_up(kind, C, threads, window, T, H, K):
+    """Few queries, more keys than a block holds; the sequences of the batch see different numbers of them."""
+    S, hidden = 5 * numba_cpu.KEYS + 81, 2 * numba_cpu.KEYS + 50
+    pos = np.tile(np.arange(S), (2, 1))
+    pos[0] = np.maximum(pos[0] - hidden, -1)  # in order: what is hidden lies in front
+    rng = np.random.default_rng(0)
+    q, k, v = stored(kind, rng.normal(size=(2, T, H, C)), *rng.normal(size=(2, 2, S, K, C)))
+    assert (2 * H * min(S, window or S) * C >= numba_cpu.FEW_PRODUCTS) is threads
+    assert T * (H // K) <= numba_cpu.FEW_QUERIES
+    found, truth = (module.forward(q, k, v, pos[:, -T:], pos, window) for module in (numba_cpu, reference))
+    tolerance = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-4}[kind]  # a probability may round the other way
+    assert_close(found[0], truth[0], tolerance)
+    assert_close(found[1], truth[1], min(tolerance, 1e-5))
     before = numba.get_num_threads()
     numba.set_num_threads(1)
     try:
-        alone = numba_cpu.forward(q, k, v, q_pos, k_pos, window)
+        alone = numba_cpu.forward(q, k, v, pos[:, -T:], pos, window)
     finally:
         numba.set_num_threads(before)
     np.testing.assert_array_equal(alone[0], found[0])
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_a_probability_is_rounded_once_it_is_normalised(attention, T):
+    """All of S keys seen alike: each has the probability 1 / S, which is rounded; not 1, which would need none."""
+    S = 3 * numba_cpu.KEYS
+    q, ones = np.zeros((1, T, 4, 2), np.float32), np.ones((1, S, 2, 2), BFLOAT16)
+    out, _ = attention.forward(q, ones, ones, np.full((1, T), S), np.arange(S)[None], None)
+    assert_close(out, np.full(q.shape, S * float(np.float32(1 / S).astype(BFLOAT16))), 1e-6)
+
+
+@pytest.mark.parametrize(("T", "H", "K"), [(1, 4, 2), (1, 3, 3), (1, 5, 1), (2, 6, 2)])
+@pytest.mark.parametrize("more", [-1, 0, 1, 2, 3, 5])
+def test_any_number_of_keys_fills_blocks(T, H, K, more):
+    """Few queries, around the end of a block; the slots of the keys are in no order."""
+    q, k, v, q_pos, k_pos = draw(2, T, numba_cpu.KEYS + more, H, K, 5, 3)
+    assert T * (H // K) <= numba_cpu.FEW_QUERIES
+    found, truth = (module.forward(q, k, v, q_pos, k_pos, None) for module in (numba_cpu, reference))
+    assert_close(found, truth)
+
+
+@KINDS
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("place", [3, numba_cpu.KEYS + 1])
+def test_a_key_that_is_not_a_number_shows_in_the_heads_that_read_it(kind, cap, place):
+    S = numba_cpu.KEYS + 7
+    q, k, v, _, _ = draw(2, 1, S, 4, 2, 3, 0)
+    k[1, place, 0] = np.nan
+    k[0, 5] = np.nan  # in an empty slot
+    pos = np.tile(np.arange(S), (2, 1))
+    pos[0, 5] = -1
+    out, lse = numba_cpu.forward(*stored(kind, q, k, v), pos[:, -1:], pos, None, cap=cap)
+    assert np.isnan(out[1, 0, :2]).all() and np.isnan(lse[1, 0, :2]).all()
+    assert np.isfinite(out[0]).all() and np.isfinite(out[1, 0, 2:]).all() and np.isfinite(lse[0]).all()

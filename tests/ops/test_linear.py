@@ -1,7 +1,10 @@
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 
+from minimoe.ops.linear import numba_cpu
+from minimoe.quantized import quantize
 from tests.measure import assert_close, assert_slopes, dialects
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -23,7 +26,8 @@ def naive(x, weights):
 
 
 SHAPES = pytest.mark.parametrize(
-    ("N", "width", "outputs"), [(1, 1, [1]), (1, 7, [5]), (1, 6, [4, 3, 2]), (9, 5, [3, 7]), (33, 4, [1])]
+    ("N", "width", "outputs"),
+    [(1, 1, [1]), (1, 7, [5]), (1, 6, [4, 3, 2]), (9, 5, [3, 7]), (16, 6, [67]), (33, 4, [1])],
 )
 
 
@@ -70,3 +74,29 @@ def test_gradients_of_bfloat16_weights_are_float32_and_do_not_round_x(linear):
     assert dx.dtype == dw.dtype == np.float32
     assert_close(dx, dy.astype(np.float64) @ w.astype(np.float64), 1e-6)
     assert_close(dw, dy.T.astype(np.float64) @ x, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16", "int8"])
+@pytest.mark.parametrize("N", [1, 2, 3, 6, 15, 16, 17])
+def test_few_tokens_and_large_weights(kind, N):
+    """Blocks of rows on all threads, of weights that end inside a block: the same bits on one."""
+    rng = np.random.default_rng(N)
+    x = rng.normal(size=(N, 611)).astype("float64" if kind == "float64" else "float32")
+    weights = [rng.normal(size=(rows, 611)) for rows in (517, 66, 3)]
+    if kind == "int8":
+        weights = [quantize(w.astype(np.float32)) for w in weights]
+        wide, seen = [w.widened(np.float64) for w in weights], x
+    else:
+        weights = [w.astype(BFLOAT16 if kind == "bfloat16" else kind) for w in weights]
+        wide = [w.astype(np.float64) for w in weights]
+        seen = x.astype(BFLOAT16) if kind == "bfloat16" else x
+    found = numba_cpu.forward(x, weights)
+    assert_close(found, [seen.astype(np.float64) @ w.T for w in wide], 1e-12 if kind == "float64" else 2e-6)
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        alone = numba_cpu.forward(x, weights)
+    finally:
+        numba.set_num_threads(before)
+    for one, all_threads in zip(alone, found, strict=True):
+        np.testing.assert_array_equal(one, all_threads)

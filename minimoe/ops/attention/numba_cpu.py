@@ -359,8 +359,8 @@ def forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
     """Few queries: the keys that are seen are cut into blocks of KEYS, which are dealt to threads.
 
     A block is read for all heads at once, in the order in which its keys lie: head by head the reads would jump, and
-    what is not in a cache would take three times as long. Blocks do not depend on the number of threads, and their
-    sums are added in order, so the bits do not either.
+    what is not in the processor's own cache would take three times as long. Blocks do not depend on the number of
+    threads, and their sums are added in order, so the bits do not either.
     """
     (B, T, H, C), K, most = q.shape, k.shape[2], 0
     G, queries = H // K, np.empty((B, K, T * H // K, C), q.dtype)
@@ -382,8 +382,8 @@ def forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
             _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, i, scores, tops, totals)
     else:
         for item in numba.prange(B * blocks):
-            i = np.int64(item)  # prange counts unsigned: that would be compiled anew
-            _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, i, scores, tops, totals)
+            at = np.int64(item)  # prange counts unsigned: that would be compiled anew
+            _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, at, scores, tops, totals)
     _few_softmax(tops, totals, lse)
     if serial:
         for i in range(B * blocks):
@@ -398,8 +398,8 @@ def forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
 def _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, scores, tops, totals):
     """One block: e^(score - top) of every query with every key, the largest score, and the sum over the block.
 
-    Four keys, each from another quarter of the block, and two queries at a time: eight sums, for which each number is
-    read once. A score is scaled, and -inf where the query does not see the key.
+    Four keys, each from another quarter of the block, and two queries at a time: eight sums from six numbers. A score
+    is scaled, then capped, and -inf where the query does not see the key.
     """
     K, group, C, blocks = queries.shape[1], queries.shape[2], queries.shape[3], scores.shape[1]
     b, block = item // blocks, item % blocks
@@ -454,7 +454,7 @@ def _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, scores
 
 @jit()
 def _few_softmax(tops, totals, lse):
-    """Put what makes probabilities of each block's numbers, a factor, in the place of `totals`; `tops` is spent."""
+    """Replace `totals` by the factors that turn blocks' numbers into probabilities; fill `lse`; overwrite `tops`."""
     B, blocks, K, group = tops.shape
     T = lse.shape[1]
     G = group // T

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from numba import prange
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import jit, storage, widen
+from minimoe.loops import jit, weight_view, widen
 from minimoe.shapes import Array
 
 SMALL = 1 << 15  # numbers; below, starting the threads costs more than they save
@@ -22,7 +22,7 @@ COLUMNS = 32  # per block: two cache lines of float32, so that threads do not wr
 def forward(tokens: Int[Array, " N"], table: Float[Array, "V D"]) -> Float[Array, "N D"]:
     """See the contract."""
     x = np.empty((tokens.size, table.shape[1]), np.float32 if is_bfloat16(table) else table.dtype)
-    gather(np.ascontiguousarray(tokens, np.int64), np.ascontiguousarray(storage(table)), x)
+    gather(np.ascontiguousarray(tokens, np.int64), weight_view(table), x)
     return x
 
 

@@ -24,7 +24,7 @@ from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 
-FEW_ROWS = 16  # up to here BLAS, which first copies the weights, is slower
+FEW_ROWS = 16  # tokens up to which BLAS, which rearranges the weights for itself first, is slower
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
 ROWS = 64  # of a block, the work that is dealt to threads
@@ -158,7 +158,7 @@ def few(x, table, listed, dtype, gelu, bf16, pairs, offsets, k, gate_in, up, hid
     """
     (M, F), D = gate_in.shape, x.shape[1]
     xs = np.empty((M, D), x.dtype)
-    for row in range(M):
+    for row in range(len(pairs)):
         xs[row] = x[pairs[row] // k]
     segments = np.empty((len(listed), 3), np.int64)  # place in the list, first row, end: of experts that have tokens
     chosen = 0
@@ -175,11 +175,12 @@ def few(x, table, listed, dtype, gelu, bf16, pairs, offsets, k, gate_in, up, hid
             _output_rows(table, dtype, segments[i // downs], ROWS * (i % downs), hidden, ys)
     else:
         for item in numba.prange(chosen * ups):
-            i = np.int64(item)  # prange counts unsigned
-            _hidden_rows(xs, table, dtype, gelu, bf16, segments[i // ups], ROWS * (i % ups), gate_in, up, hidden)
+            block = np.int64(item)  # prange counts unsigned
+            start = ROWS * (block % ups)
+            _hidden_rows(xs, table, dtype, gelu, bf16, segments[block // ups], start, gate_in, up, hidden)
         for item in numba.prange(chosen * downs):
-            i = np.int64(item)
-            _output_rows(table, dtype, segments[i // downs], ROWS * (i % downs), hidden, ys)
+            block = np.int64(item)
+            _output_rows(table, dtype, segments[block // downs], ROWS * (block % downs), hidden, ys)
 
 
 @jit()

@@ -1,4 +1,4 @@
-"""Top-k softmax gating on the CPU: logits by BLAS or a matrix-vector loop, the choice by insertion.
+"""Top-k softmax gating on the CPU: logits by BLAS or, of few tokens, by a loop, the choice by insertion.
 
 k is small, so a token keeps its best k in order while it walks over the E logits once. A candidate moves up only past
 a strictly smaller one: of equal logits the lower expert id, which came first, stays ahead.
@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import dots, exp, jit, storage
+from minimoe.loops import dots, exp, jit, weight_view
 from minimoe.products import Product, compute, multiply, operand
 from minimoe.shapes import Array
 
-FEW_ROWS = 16  # up to here BLAS takes longer to begin
+FEW_ROWS = 16  # tokens up to which BLAS takes longer to begin
 MANY_TOKENS = 256  # below, one core chooses before others have woken up
 
 
@@ -32,7 +32,7 @@ def forward(
     x = operand(x, gate)
     if N <= FEW_ROWS and (gate.dtype == x.dtype or is_bfloat16(gate)):
         logits = np.empty((N, E), x.dtype)
-        few_logits(x, storage(np.ascontiguousarray(gate)), logits)
+        few_logits(x, weight_view(gate), logits)
     else:
         logits = multiply(x, gate.T)  # (N, D) -> (N, E)
     forced = ids is not None
@@ -66,7 +66,7 @@ def backward(
 
 @jit()
 def few_logits(x, gate, logits):
-    nothing = np.int64(0)  # a literal 0 would be compiled for
+    nothing = np.int64(0)  # for a literal 0 `dots` would be compiled once more
     dots(x, gate, nothing, nothing, len(gate), logits)
 
 

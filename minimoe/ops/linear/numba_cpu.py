@@ -1,7 +1,7 @@
-"""Linear maps on the CPU: BLAS for many rows, a matrix-vector loop for few.
+"""Linear maps on the CPU: BLAS for many tokens, a loop over the weights for few.
 
-With few rows the time is that of reading the weights: the loop reads each once, whatever the number of rows, on all
-cores, and widens bfloat16 in registers. With many rows, or with weights so small that the call itself costs most,
+With few tokens the time is that of reading the weights: the loop reads each once, whatever the number of tokens, on all
+cores, and widens bfloat16 in registers. With many tokens, or with weights so small that the call itself costs most,
 NumPy's BLAS.
 """
 
@@ -19,7 +19,7 @@ from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 
-FEW_ROWS = 16  # up to here BLAS, which first copies the weights, is slower
+FEW_ROWS = 16  # tokens up to which BLAS, which rearranges the weights for itself first, is slower
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 ROWS = 32  # of a block, the work that is dealt to threads
 

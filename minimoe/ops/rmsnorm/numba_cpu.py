@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numba import prange
 
-from minimoe.loops import FAST, jit, storage, widen
+from minimoe.loops import FAST, jit, weight_view, widen
 from minimoe.shapes import Array
 
 SMALL = 1 << 14  # numbers; below, starting the threads costs more than they save
@@ -25,7 +25,7 @@ def forward(
     added = rows[:0] if residual is None else np.ascontiguousarray(residual)
     y, r = np.empty(x.shape, x.dtype), np.empty(x.shape[0], x.dtype)
     h = rows if residual is None else np.empty(x.shape, x.dtype)
-    norm_rows(rows, added, np.ascontiguousarray(storage(weight)), eps, y, h, r)
+    norm_rows(rows, added, weight_view(weight), eps, y, h, r)
     return y, x if residual is None else h, r
 
 
@@ -43,7 +43,7 @@ def backward(
     dweight = np.zeros(D, h.dtype)
     dy, h, r = np.ascontiguousarray(dy), np.ascontiguousarray(h), np.ascontiguousarray(r)
     dh = h[:0] if dh is None else np.ascontiguousarray(dh)
-    _backward(dy, h, np.ascontiguousarray(storage(weight)), r, dh, dx, partial, dweight)
+    _backward(dy, h, weight_view(weight), r, dh, dx, partial, dweight)
     return dx, dweight
 
 
