@@ -22,6 +22,7 @@ from minimoe.shapes import Array
 _WIDE, _TALL, _LEFT, _TABLE, _ROW = 6.2, 4.4, 0.55, 3.9, 0.19
 _MARKS = "osD^vP"
 _TOUCH = 0.21  # inches between points whose numbers would hide each other, inside them or beside
+_LETTER, _LINE = 0.058, 0.11  # inches that a letter and a line of those numbers take
 
 
 def attainable(intensity: Float[Array, " n"], bandwidth: float, peak: float) -> Float[Array, " n"]:
@@ -90,20 +91,41 @@ def _draw_points(axes: Axes, x: Array, y: Array, which: Sequence[int]) -> None:
         marker, colour = _MARKS[which[n] % len(_MARKS)], SERIES[which[n] % len(SERIES)]
         axes.plot([x[n]], [y[n]], marker=marker, color=colour, gid=f"point-{n}", zorder=3, **look)
     axes.get_ylim()  # settles the limits
-    for group in _heaps(axes.transData.transform(np.stack([x, y], axis=1)) / axes.figure.dpi):
+    places = axes.transData.transform(np.stack([x, y], axis=1)) / axes.figure.dpi
+    frame = np.array([axes.bbox.min, axes.bbox.max]) / axes.figure.dpi
+    inches: Any = axes.figure.dpi_scale_trans
+    taken = [np.stack([place - _TOUCH / 3, place + _TOUCH / 3]) for place in places]
+    for group in _heaps(places):
         numbers = ", ".join(str(n + 1) for n in group)
         if len(group) == 1:
             n = group[0]
             own = ink(SERIES[which[n] % len(SERIES)])
             axes.text(x[n], y[n], numbers, fontsize=6.5, color=own, ha="center", va="center_baseline", zorder=4)
         else:
-            right, low = float(x[group].max()), float(y[group].min())
-            middle = float(np.sqrt(low * y[group].max()))
-            place: Any = {"textcoords": "offset points", "fontsize": 7, "color": INK, "zorder": 4}
-            if axes.transAxes.inverted().transform(axes.transData.transform((right, low)))[0] < 0.75:
-                axes.annotate(numbers, (right, middle), xytext=(7, 0), va="center_baseline", **place)
-            else:  # no room beside them
-                axes.annotate(numbers, (right, low), xytext=(6, -8), ha="right", va="top", **place)
+            box = _free_box(places[group], _LETTER * len(numbers), frame, taken)
+            taken.append(box)
+            at: Any = box.mean(0)
+            place: Any = {"transform": inches, "ha": "center", "va": "center_baseline", "fontsize": 7, "color": INK}
+            axes.text(at[0], at[1], numbers, zorder=4, **place)
+
+
+def _free_box(
+    group: Float[Array, "n 2"], width: float, frame: Float[Array, "2 2"], taken: Sequence[Float[Array, "2 2"]]
+) -> Float[Array, "2 2"]:
+    """Return the corners of the place for a heap's numbers that hides the least: right, left, below or above it."""
+    (left, bottom), (right, top) = group.min(0), group.max(0)
+    middle, away, size = (group.min(0) + group.max(0)) / 2, 0.6 * _TOUCH, np.array([width, _LINE])
+    beside = [(right + away, middle[1] - _LINE / 2), (left - away - width, middle[1] - _LINE / 2)]
+    edges = (middle[0] - width / 2, left - away / 2, right + away / 2 - width)  # centred, or in line with either edge
+    corners = [*beside, *((edge, line) for line in (bottom - away - _LINE, top + away) for edge in edges)]
+    boxes = [np.stack([np.array(corner), corner + size]) for corner in corners]
+
+    def hidden(box: Array) -> int:
+        outside = (box[0] < frame[0]).any() or (box[1] > frame[1]).any()
+        over = sum(bool((box[0] < other[1]).all() and (other[0] < box[1]).all()) for other in taken)
+        return over + (len(taken) + 1) * int(outside)
+
+    return min(boxes, key=hidden)
 
 
 def _heaps(places: Float[Array, "n 2"]) -> list[list[int]]:

@@ -6,7 +6,7 @@ from matplotlib.colors import to_hex
 
 from minimoe import plots
 from minimoe.colours import expert_colour
-from minimoe.plots.roofline import attainable
+from minimoe.plots.roofline import _LINE, _free_box, attainable
 from tests.plots.pictures import artists, written
 
 RNG = np.random.default_rng(0)
@@ -78,3 +78,19 @@ def test_the_roofline_draws_points_roofs_and_the_share_of_the_roof():
 
 def test_what_is_attainable():
     np.testing.assert_allclose(attainable(np.array([1.0, 10.0, 1000.0]), 30e9, 350e9), [30e9, 300e9, 350e9])
+
+
+@pytest.mark.parametrize("others", [[], [(2.4, 2)], [(2.4, 2), (1.6, 2)], [(2.4, 2), (1.6, 2), (1.9, 1.8), (2.2, 1.8)]])
+def test_the_numbers_of_a_heap_hide_no_other_point(others):
+    heap, half = np.array([[2.0, 2.0], [2.0, 2.05]]), 0.07
+    marks = [np.stack([np.array(place) - half, np.array(place) + half]) for place in [*heap, *others]]
+    box = _free_box(heap, 0.6, np.array([[0.0, 0.0], [4.0, 4.0]]), marks)
+    assert all((box[0] >= mark[1]).any() or (mark[0] >= box[1]).any() for mark in marks)
+    np.testing.assert_allclose(box[1] - box[0], (0.6, _LINE))
+    if not others:
+        assert box[0, 0] > heap[:, 0].max()
+
+
+def test_the_numbers_of_a_heap_stay_within_the_frame():
+    box = _free_box(np.array([[3.8, 3.9]]), 0.6, np.array([[0.0, 0.0], [4.0, 4.0]]), [])
+    assert (box >= 0).all() and (box <= 4).all()

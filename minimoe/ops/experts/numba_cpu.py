@@ -3,9 +3,10 @@
 Many tokens: rows are gathered in the order of experts, every expert multiplies its contiguous segment, the activation
 runs over all rows at once, and the combine reads each token's k results in slot order.
 
-Few tokens (decode): the time is that of reading the chosen experts' weights, so two fused loops read each chosen weight
-once, whatever the number of tokens that share it: hidden = act(w1 x) ⊙ (w3 x) for all rows of w1 and w3, then
-slots = w2 hidden. The experts come as a table of addresses: one compiled loop for any E, stacked or memory-mapped.
+Few tokens for each expert (decode, short prompts): the time is that of reading the chosen experts' weights, so two
+fused loops read each chosen weight once, whatever the number of tokens that share it: hidden = act(w1 x) ⊙ (w3 x) for
+all rows of w1 and w3, then slots = w2 hidden. The experts come as a table of addresses: one compiled loop for any E,
+stacked or memory-mapped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 
-FEW_ROWS = 16  # tokens up to which BLAS, which rearranges the weights for itself first, is slower
+FEW_ROWS = 32  # tokens of each expert up to which BLAS, which rearranges the weights for itself first, is slower
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
 ROWS = 64  # of a block, the work that is dealt to threads
@@ -48,16 +49,16 @@ def forward(
     pairs, offsets, place = dispatch(np.ascontiguousarray(ids), len(w1))
     out = np.empty((N, D), x.dtype)
     slots = np.empty((N, k, D) if keep else (0, k, D), x.dtype)
-    # Few tokens choose few experts; only of these are the weights touched.
-    chosen = [e for e, _ in _segments(offsets)] if N <= FEW_ROWS else []
+    segments = _segments(offsets)
+    few_each = all(rows.stop - rows.start <= FEW_ROWS for _, rows in segments)
+    chosen = [e for e, _ in segments] if few_each else []  # only of these are the weights touched
     views = [w[e] for w in (w1, w2, w3) for e in chosen]
-    if N <= FEW_ROWS and _alike(x, views):
+    if few_each and _alike(x, views):
         gate_in, up, ys = _forward_few(x, views, np.array(chosen, np.int64), F, pairs, offsets, k, gelu)
     else:
         xs = np.empty((len(pairs), D), x.dtype)
         _gather(x, pairs, k, xs)  # (N, D) -> (M, D)
         gate_in, up = (np.empty((len(pairs), F), x.dtype) for _ in range(2))
-        segments = _segments(offsets)
         halves = ((w1, gate_in), (w3, up))  # each (M_e, D) -> (M_e, F)
         compute([Product([(xs[rows], w[e].T)], y[rows]) for e, rows in segments for w, y in halves])
         hidden = np.empty_like(up)
