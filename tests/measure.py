@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 
+import numba
 import numpy as np
 
 
@@ -10,6 +11,16 @@ def dialects(room):
     """The host dialects of a room that are written: each op's tests run on all of them."""
     names = [f"minimoe.ops.{room}.{dialect}" for dialect in ("reference", "numba_cpu")]
     return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
+
+
+def with_one_thread(call):
+    """The result of a call for which Numba has one thread."""
+    threads = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        return call()
+    finally:
+        numba.set_num_threads(threads)
 
 
 def relative_error(result, truth):

@@ -68,7 +68,7 @@ def add_window(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace, generates: bool = False) -> Model:
     """Load the model of --model on --backend, and say so if nothing has been compiled yet.
 
-    A command that `generates` then has its loops compiled ahead, which takes half as long as when each is called.
+    A command that `generates` then has its loops compiled ahead, which takes little more than half as long.
     """
     given = {name: value for name, value in vars(args).items() if name in ("dtype", "mmap", "tokenizer")}
     model = load(args.model, backend=args.backend, **given)

@@ -1,12 +1,11 @@
 import math
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
 from minimoe.ops.attention import numba_cpu, reference
-from tests.measure import assert_close, assert_slopes, dialects
+from tests.measure import assert_close, assert_slopes, dialects, with_one_thread
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -220,12 +219,7 @@ def test_blocks_of_keys_add_up(kind, C, threads, window, T, H, K):
     tolerance = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-4}[kind]  # a probability may round the other way
     assert_close(found[0], truth[0], tolerance)
     assert_close(found[1], truth[1], min(tolerance, 1e-5))
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
-        alone = numba_cpu.forward(q, k, v, pos[:, -T:], pos, window)
-    finally:
-        numba.set_num_threads(before)
+    alone = with_one_thread(lambda: numba_cpu.forward(q, k, v, pos[:, -T:], pos, window))
     np.testing.assert_array_equal(alone[0], found[0])
 
 

@@ -1,11 +1,10 @@
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
 from minimoe.ops.linear import numba_cpu
 from minimoe.quantized import quantize
-from tests.measure import assert_close, assert_slopes, dialects
+from tests.measure import assert_close, assert_slopes, dialects, with_one_thread
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -92,11 +91,6 @@ def test_few_tokens_and_large_weights(kind, N):
         seen = x.astype(BFLOAT16) if kind == "bfloat16" else x
     found = numba_cpu.forward(x, weights)
     assert_close(found, [seen.astype(np.float64) @ w.T for w in wide], 1e-12 if kind == "float64" else 2e-6)
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
-        alone = numba_cpu.forward(x, weights)
-    finally:
-        numba.set_num_threads(before)
+    alone = with_one_thread(lambda: numba_cpu.forward(x, weights))
     for one, all_threads in zip(alone, found, strict=True):
         np.testing.assert_array_equal(one, all_threads)

@@ -7,7 +7,6 @@ tokens or many, one thread or several, one block of queries or more.
 import math
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
@@ -19,7 +18,7 @@ import minimoe.ops.gating.numba_cpu as gating
 import minimoe.ops.gating.reference as gating_reference
 import minimoe.ops.linear.numba_cpu as linear
 import minimoe.ops.linear.reference as linear_reference
-from tests.measure import as_dtype, assert_as_good_as_reference, assert_close, relative_error
+from tests.measure import as_dtype, assert_as_good_as_reference, assert_close, relative_error, with_one_thread
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -75,15 +74,6 @@ def strided(x):
 def assert_same_bits(one, other):
     for a, b in zip(one, other, strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def with_one_thread(call):
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
-        return call()
-    finally:
-        numba.set_num_threads(threads)
 
 
 # --- linear --------------------------------------------------------------------------------------------------------

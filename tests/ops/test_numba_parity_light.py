@@ -6,7 +6,6 @@ Sizes lie on both sides of the point where a loop starts threads, and are odd, s
 import math
 
 import ml_dtypes
-import numba
 import numpy as np
 import pytest
 
@@ -26,7 +25,7 @@ import minimoe.ops.rope.numba_cpu as rope
 import minimoe.ops.rope.reference as rope_reference
 import minimoe.ops.sampling.numba_cpu as sampling
 import minimoe.ops.sampling.reference as sampling_reference
-from tests.measure import as_dtype, assert_as_good_as_reference, assert_close
+from tests.measure import as_dtype, assert_as_good_as_reference, assert_close, with_one_thread
 
 BFLOAT16 = ml_dtypes.bfloat16
 FLOATS = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -54,12 +53,7 @@ def frozen(x):
 
 def bits_with_threads(call):
     """The results of a call with one thread and with all of them, as bytes."""
-    threads = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        one = [np.asarray(a).tobytes() for a in call()]
-    finally:
-        numba.set_num_threads(threads)
+    one = [np.asarray(a).tobytes() for a in with_one_thread(call)]
     return one, [np.asarray(a).tobytes() for a in call()]
 
 
