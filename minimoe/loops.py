@@ -32,7 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # What a reduction needs to vectorise; NaN and Inf keep their meaning (no nnan, no ninf).
 FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
-JITTED = ("loops.py", "products.py", "compiled_step.py")  # what has jitted code besides the rooms
+JITTED = ("loops.py", "tiles.py", "products.py", "compiled_step.py")  # what has jitted code besides the rooms
 
 F = TypeVar("F", bound=Callable[..., Any])
 

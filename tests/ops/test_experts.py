@@ -4,8 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from minimoe.ops.experts import reference
-from tests.measure import assert_close, assert_slopes, dialects
+from minimoe.ops.experts import numba_cpu, reference
+from minimoe.quantized import quantize
+from tests.measure import assert_close, assert_slopes, dialects, with_one_thread
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -202,3 +203,57 @@ def test_explain_names_what_forward_computes(activation):
             e = ids[n, slot]
             expected = w2[e] @ inner["hidden"][n, slot] if e >= 0 else np.zeros(3)
             assert_close(slots[n, slot], expected)
+
+
+def many_tokens(dtype, stored, N=450, E=5):
+    """Inputs for experts of very different numbers of tokens, with weights that are no multiple of any block."""
+    rng = np.random.default_rng(7)
+    D, F = 1031, 101  # more than one stretch of a row, and a last block of odd height
+    w1, w3 = rng.normal(size=(2, E, F, D)) / math.sqrt(D)
+    w2, x, weights = rng.normal(size=(E, D, F)) / math.sqrt(F), rng.normal(size=(N, D)), rng.random((N, 2))
+    popular = np.where(rng.random(N) < 0.8, 0, 3)  # 0 has more than a group of panels, 4 none, the others some
+    ids = np.stack([popular, rng.choice([1, 2], N, p=[0.9, 0.1])], 1)
+    ids[:7], weights[:7] = -1, 0
+    w1, w2, w3 = (quantize(w) if stored == "int8" else w.astype(stored) for w in (w1, w2, w3))
+    return x.astype(dtype), w1, w2, w3, ids, weights.astype(dtype)
+
+
+@pytest.mark.parametrize("stored", ["float32", "float64", BFLOAT16, "int8"], ids=str)
+@ACTIVATIONS
+def test_many_tokens(experts, stored, activation):
+    dtype = np.float64 if stored == "float64" else np.float32
+    x, w1, w2, w3, ids, weights = many_tokens(dtype, stored)
+    out, _ = experts.forward(x, w1, w2, w3, ids, weights, activation=activation)
+    wide = [w.widened(np.float64) if stored == "int8" else w.astype(np.float64) for w in (w1, w2, w3)]
+    round_x = x.astype(BFLOAT16) if stored == BFLOAT16 else x
+    act = np.vectorize(lambda z: naive_activation(z, activation))
+    expected = np.zeros(x.shape)
+    for e in range(5):
+        rows, slots = np.nonzero(ids == e)
+        xe = round_x[rows].astype(np.float64)
+        hidden = act(xe @ wide[0][e].T) * (xe @ wide[2][e].T) if len(rows) else np.zeros((0, 101))
+        if stored == BFLOAT16:
+            hidden = hidden.astype(np.float32).astype(BFLOAT16).astype(np.float64)
+        expected[rows] += weights[rows, slots][:, None] * (hidden @ wide[1][e].T)
+    assert not expected[:7].any() and min(np.bincount(ids[7:].reshape(-1))) > 24
+    assert_close(out, expected, {np.float64: 1e-13}.get(dtype, 2e-3 if stored == BFLOAT16 else 5e-6))
+
+
+@pytest.mark.parametrize("stored", ["float32", BFLOAT16, "int8"], ids=str)
+def test_many_tokens_have_the_same_bits_for_one_thread_and_beside_any_others(stored):
+    """Whatever else is in the batch: a token's sums do not depend on its lane, its panel or their number."""
+    x, w1, w2, w3, ids, weights = many_tokens(np.float32, stored)
+    out, _ = numba_cpu.forward(x, w1, w2, w3, ids, weights)
+    alone, _ = with_one_thread(lambda: numba_cpu.forward(x, w1, w2, w3, ids, weights))
+    np.testing.assert_array_equal(alone, out)
+    some = np.sort(np.random.default_rng(1).permutation(len(x))[:320])
+    fewer, _ = numba_cpu.forward(x[some], w1, w2, w3, ids[some], weights[some])
+    np.testing.assert_array_equal(fewer, out[some])
+
+
+@pytest.mark.parametrize("N", [23, 90])
+def test_weights_that_lie_apart_give_the_same(experts, N):
+    """Not contiguous: neither loops nor tiles read them."""
+    x, w1, w2, w3, ids, weights = draw(N, 8, 6, 2, 2)
+    apart = [np.repeat(w, 2, 2)[..., ::2] for w in (w1, w2, w3)]
+    assert_close(experts.forward(x, *apart, ids, weights)[0], experts.forward(x, w1, w2, w3, ids, weights)[0])

@@ -8,7 +8,7 @@ out[c, lane]    = Σ_s v[s, c] · probs[s, lane]
 
 Every step is then elementwise over lanes: maximum and sum of the softmax need no reduction inside a vector, k and v
 need no transposing, and sums run in one fixed order whatever the number of threads. All products, those of the
-backward too, are one small matrix product, `_add_columns`. A block holds the scores of its own 64 queries only: memory
+backward too, are products of tiles (see `tiles`). A block holds the scores of its own 64 queries only: memory
 grows with S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so
 causal attention costs half.
 
@@ -25,8 +25,9 @@ from jaxtyping import Float, Int
 from minimoe.arrays import is_bfloat16
 from minimoe.loops import FAST, exp, jit, rounded, storage, tanh, widen
 from minimoe.shapes import Array
+from minimoe.tiles import multiply
 
-LANES = 64  # queries per block; four vectors of 512 bits in float32
+LANES = 64  # queries per block: four lines in float32
 FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
 KEYS = 128  # of a block where queries are few; read as four streams, a multiple of 4
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
@@ -116,10 +117,10 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b,
     # forward: scores = q · kᵀ / sqrt(C)
     qT = _load_lanes(q, b, kh, G, start, lanes, bf16)  # (C, lanes)
     rows = _load_rows(k, q.dtype, b, kh, first, last)  # (S', C)
-    scores = np.zeros((rows.shape[0], LANES), q.dtype)
-    _add_columns(scores, rows, qT, 0, LANES, LANES)
+    scores = np.empty((len(rows), LANES), q.dtype)
+    multiply(rows, qT, scores, True)
     top = np.full(LANES, -np.inf, q.dtype)
-    _mask(scores, position, lanes, k_pos[b], first, last, window, q.dtype.type(scale))
+    _mask(scores, position, lanes, k_pos[b], first, window, q.dtype.type(scale))
     if cap != UNCAPPED:
         _cap(scores, q.dtype.type(cap))
     for s in range(scores.shape[0]):
@@ -146,8 +147,8 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b,
         divisor[:] = 1
     # out = Σ_s probs · v; dividing C sums by the total is cheaper than dividing S probabilities
     rows = _load_rows(v, q.dtype, b, kh, first, last)
-    outT = np.zeros(qT.shape, q.dtype)
-    _add_columns(outT, rows.T, scores, 0, LANES, LANES)
+    outT = np.empty(qT.shape, q.dtype)
+    multiply(rows.T, scores, outT, True)
     for lane in range(lanes):
         t, h = (start + lane) // G, kh * G + (start + lane) % G
         for c in range(C):
@@ -168,8 +169,8 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, l
     (T, H, C), (S, K) = q.shape[1:], k.shape[1:3]
     G = H // K
     factor = q.dtype.type(scale)
-    keys, values = _load_rows(k, q.dtype, b, kh, 0, S), _load_rows(v, q.dtype, b, kh, 0, S)  # (S, C), both padded
-    dkeys, dvalues = np.zeros(keys.shape, q.dtype), np.zeros(keys.shape, q.dtype)
+    keys, values = _load_rows(k, q.dtype, b, kh, 0, S), _load_rows(v, q.dtype, b, kh, 0, S)  # (S, C)
+    dkeys, dvalues = np.zeros((S, _padded(C)), q.dtype), np.zeros((S, _padded(C)), q.dtype)
     for start in range(0, T * G, LANES):
         lanes = min(LANES, T * G - start)
         position = np.full(LANES, -1, np.int64)
@@ -182,13 +183,12 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, l
             for c in range(C):
                 delta[lane] += dout[b, t, h, c] * out[b, t, h, c]
         first, last = _seen(position[:lanes], k_pos[b], window)
-        first, last = first // 4 * 4, (last + 3) // 4 * 4  # `_add_columns` takes rows in fours
-        seen_keys, seen_values = keys[first:last], values[first:last]  # what lies behind S is zero
+        seen_keys, seen_values = keys[first:last], values[first:last]
         # forward: probs = exp(scores - lse)
         qT = _load_lanes(q, b, kh, G, start, lanes, bf16)
-        probs = np.zeros((last - first, LANES), q.dtype)
-        _add_columns(probs, seen_keys, qT, 0, LANES, LANES)
-        _mask(probs, position, lanes, k_pos[b], first, min(last, S), window, factor)
+        probs = np.empty((last - first, LANES), q.dtype)
+        multiply(seen_keys, qT, probs, True)
+        _mask(probs, position, lanes, k_pos[b], first, window, factor)
         slopes = np.empty((0, LANES), q.dtype)
         if cap != UNCAPPED:
             slopes = np.empty(probs.shape, q.dtype)
@@ -198,10 +198,10 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, l
             for lane in range(LANES):
                 row[lane] = exp(row[lane] - norm[lane])
         # forward: out = probs · v, and v serves the G query heads of its group
-        _add_product(dvalues[first:last], probs, _load_queries(dout, b, kh, G, start, lanes))
+        multiply(probs, _load_queries(dout, b, kh, G, start, lanes), dvalues[first:last], False)
         doutT = _load_lanes(dout, b, kh, G, start, lanes, False)
-        dscores = np.zeros(probs.shape, q.dtype)
-        _add_columns(dscores, seen_values, doutT, 0, LANES, LANES)  # now dprobs
+        dscores = np.empty(probs.shape, q.dtype)
+        multiply(seen_values, doutT, dscores, True)  # now dprobs
         # forward: probs = softmax(scores);  Σ_s probs · dprobs = dout · out;  scores = q · kᵀ / sqrt(C)
         for s in range(probs.shape[0]):
             drow, row = dscores[s], probs[s]
@@ -212,9 +212,9 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, l
                 drow, slope = dscores[s], slopes[s]
                 for lane in range(LANES):
                     drow[lane] *= slope[lane]
-        _add_product(dkeys[first:last], dscores, _load_queries(q, b, kh, G, start, lanes))
-        dqT = np.zeros((keys.shape[1], LANES), q.dtype)
-        _add_columns(dqT, seen_keys.T, dscores, 0, LANES, LANES)
+        multiply(dscores, _load_queries(q, b, kh, G, start, lanes), dkeys[first:last], False)
+        dqT = np.empty(qT.shape, q.dtype)
+        multiply(seen_keys.T, dscores, dqT, True)
         for lane in range(lanes):
             t, h = (start + lane) // G, kh * G + (start + lane) % G
             for c in range(C):
@@ -236,13 +236,13 @@ def _seen(q_pos, k_pos, window):
 
 
 @jit(fastmath=FMA)
-def _mask(scores, q_pos, lanes, k_pos, first, last, window, scale):
-    """Scale the scores of keys first..last; -inf where a query does not see the key, and in rows of padding."""
+def _mask(scores, q_pos, lanes, k_pos, first, window, scale):
+    """Scale the scores of the keys from `first` on; -inf where a query does not see the key."""
     early, late = q_pos[:lanes].min(), q_pos[:lanes].max()
     minus_inf = scores.dtype.type(-np.inf)
     for s in range(scores.shape[0]):
         row = scores[s]
-        position = k_pos[first + s] if first + s < last else -1
+        position = k_pos[first + s]
         if position < 0:
             row[:] = minus_inf
         elif position <= early and late - position < window:  # all queries see it
@@ -278,9 +278,9 @@ def _cap_with_slopes(scores, cap, slopes):
 
 @jit()
 def _load_lanes(x, b, kh, G, start, lanes, bf16):
-    """Queries start.. of one group as (C, LANES), C padded to 32; zeros wherever no query is."""
+    """Queries start.. of one group as (C, LANES); zeros wherever no query is."""
     C = x.shape[3]
-    local = np.zeros(((C + 31) // 32 * 32, LANES), x.dtype)
+    local = np.zeros((C, LANES), x.dtype)
     for lane in range(lanes):
         row = x[b, (start + lane) // G, kh * G + (start + lane) % G]
         for c in range(C):
@@ -290,9 +290,9 @@ def _load_lanes(x, b, kh, G, start, lanes, bf16):
 
 @jit()
 def _load_queries(x, b, kh, G, start, lanes):
-    """Queries start.. of one group as (LANES, C), C padded to 32; zeros wherever no query is."""
+    """Queries start.. of one group as (LANES, C), C padded to whole lines; zeros wherever no query is."""
     C = x.shape[3]
-    local = np.zeros((LANES, (C + 31) // 32 * 32), x.dtype)
+    local = np.zeros((LANES, _padded(C)), x.dtype)
     for lane in range(lanes):
         row, target = x[b, (start + lane) // G, kh * G + (start + lane) % G], local[lane]
         for c in range(C):
@@ -302,9 +302,9 @@ def _load_queries(x, b, kh, G, start, lanes):
 
 @jit()
 def _load_rows(x, dtype, b, kh, first, last):
-    """Keys or values first..last of one head as (S', C), widened; S' is padded to fours and C to 32, with zeros."""
+    """Keys or values first..last of one head as (S', C), widened."""
     C = x.shape[3]
-    local = np.zeros(((last - first + 3) // 4 * 4, (C + 31) // 32 * 32), dtype)
+    local = np.empty((last - first, C), dtype)
     for s in range(first, last):
         row, target = x[b, s, kh], local[s - first]
         for c in range(C):
@@ -313,45 +313,8 @@ def _load_rows(x, dtype, b, kh, first, last):
 
 
 @jit(inline="always")
-def _add_columns(out, a, b, start, width, stride):
-    """Columns start.. of out += a · b, where rows and columns of `a` come in fours.
-
-    Sixteen factors stay in registers while the vectors of four rows of `out` and of `b` pass by. Both arrays are read
-    as flat ones with rows `stride` apart, which is constant: of eight rows by themselves the compiled loop would have
-    to find out, each time, that none overlaps another, and that took longer than the arithmetic.
-    """
-    flat_out, flat_b = out.reshape(-1), b.reshape(-1)
-    for m in range(0, a.shape[0], 4):
-        y = flat_out[m * stride + start : (m + 4) * stride]
-        for i in range(0, a.shape[1], 4):
-            x = flat_b[i * stride + start : (i + 4) * stride]
-            a00, a01, a02, a03 = a[m, i], a[m, i + 1], a[m, i + 2], a[m, i + 3]
-            a10, a11, a12, a13 = a[m + 1, i], a[m + 1, i + 1], a[m + 1, i + 2], a[m + 1, i + 3]
-            a20, a21, a22, a23 = a[m + 2, i], a[m + 2, i + 1], a[m + 2, i + 2], a[m + 2, i + 3]
-            a30, a31, a32, a33 = a[m + 3, i], a[m + 3, i + 1], a[m + 3, i + 2], a[m + 3, i + 3]
-            for j in range(width):  # a constant: the loop is unrolled into whole vectors
-                j1, j2, j3 = j + stride, j + 2 * stride, j + 3 * stride
-                x0, x1, x2, x3 = x[j], x[j1], x[j2], x[j3]
-                y[j] = y[j] + a00 * x0 + a01 * x1 + a02 * x2 + a03 * x3
-                y[j1] = y[j1] + a10 * x0 + a11 * x1 + a12 * x2 + a13 * x3
-                y[j2] = y[j2] + a20 * x0 + a21 * x1 + a22 * x2 + a23 * x3
-                y[j3] = y[j3] + a30 * x0 + a31 * x1 + a32 * x2 + a33 * x3
-
-
-@jit(inline="always")
-def _add_product(out, a, b):
-    """out += a · b for a `b` of 32, 64, 96, ... columns."""
-    stride = b.shape[1]
-    if stride == 32:
-        _add_columns(out, a, b, 0, 32, 32)
-    elif stride == 64:
-        _add_columns(out, a, b, 0, 64, 64)
-    elif stride == 128:
-        for start in (0, 64):
-            _add_columns(out, a, b, start, 64, 128)
-    else:
-        for start in range(0, stride, 32):
-            _add_columns(out, a, b, start, 32, stride)
+def _padded(C):
+    return (C + 15) // 16 * 16  # whole lines in either type
 
 
 @jit(parallel=True)

@@ -1,34 +1,43 @@
-"""Experts on the CPU: counting sort, one BLAS product per non-empty segment, fused loops around it.
-
-Many tokens: rows are gathered in the order of experts, every expert multiplies its contiguous segment, the activation
-runs over all rows at once, and the combine reads each token's k results in slot order.
+"""Experts on the CPU: a counting sort puts the tokens of each expert side by side, in three ways from there on.
 
 Few tokens for each expert (decode, short prompts): the time is that of reading the chosen experts' weights, so two
 fused loops read each chosen weight once, whatever the number of tokens that share it: hidden = act(w1 x) ⊙ (w3 x) for
-all rows of w1 and w3, then slots = w2 hidden. The experts come as a table of addresses: one compiled loop for any E,
-stacked or memory-mapped.
+all rows of w1 and w3, then slots = w2 hidden.
+
+Many tokens (prompts): the same two steps in tiles (see `tiles`), with an expert's tokens in the lanes. Rows of weights
+are read where they lie and widened a few at a time; what passes between the steps never changes its order.
+
+In both the experts come as a table of addresses: one compiled loop for any E, stacked or memory-mapped.
+
+Training, which keeps what its backward needs row by row: one BLAS product for each segment, and fused loops around it.
+Whichever it was, the combine reads each token's k results in slot order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numba
 import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, address, at_address, dots, jit, rounded, sigmoid, storage
+from minimoe.loops import FAST, address, at_address, dots, jit, rounded, sigmoid, storage, widen
 from minimoe.ops.experts import Saved, check_activation
 from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
+from minimoe.tiles import LINE, multiply, take
 
-FEW_ROWS = 32  # tokens of each expert up to which BLAS, which rearranges the weights for itself first, is slower
+FEW_ROWS = 24  # tokens of each expert up to which reading its weights once, row by row, is faster than tiles or BLAS
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
 ROWS = 64  # of a block, the work that is dealt to threads
+# Blocks of many tokens: rows of a weight, of which a stretch is widened at a time, and a part of that is multiplied with
+# so many panels of tokens. What is read again stays in a core's own cache.
+CHUNK, STRETCH, DEPTH, PANELS = 48, 1024, 256, 12
 ROOT, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # gelu_tanh(z) = z · sigmoid(ROOT · (z + CUBE · z³))
 
 
@@ -51,10 +60,12 @@ def forward(
     slots = np.empty((N, k, D) if keep else (0, k, D), x.dtype)
     segments = _segments(offsets)
     few_each = all(rows.stop - rows.start <= FEW_ROWS for _, rows in segments)
-    chosen = [e for e, _ in segments] if few_each else []  # only of these are the weights touched
+    chosen = [e for e, _ in segments] if few_each or not keep else []  # only of these are the weights touched
     views = [w[e] for w in (w1, w2, w3) for e in chosen]
     if few_each and _alike(x, views):
         gate_in, up, ys = _forward_few(x, views, np.array(chosen, np.int64), F, pairs, offsets, k, gelu)
+    elif not keep and _alike(x, views):
+        ys = _forward_many(x, views, segments, F, pairs, k, gelu)
     else:
         xs = np.empty((len(pairs), D), x.dtype)
         _gather(x, pairs, k, xs)  # (N, D) -> (M, D)
@@ -143,12 +154,17 @@ def _forward_few(
     gate_in, up, hidden = (np.empty((M, F), x.dtype) for _ in range(3))
     ys = np.empty((M, D), x.dtype)
     if views:
-        held = [parts(w) for w in views]  # addresses keep nothing alive
-        table = np.array([[address(w) for w, _ in held], [address(scale) for _, scale in held]], np.int64)
-        dtype = storage(held[0][0]).dtype
-        table = table.reshape(2, 3, -1)
+        held, table, dtype = _table(views)
         few(x, table, chosen, dtype, gelu, is_bfloat16(views[0]), pairs, offsets, k, gate_in, up, hidden, ys)
+        del held
     return gate_in, up, ys
+
+
+def _table(views: list[Array]) -> tuple[list[Any], Int[Array, "2 3 C"], Any]:
+    """What must be kept alive, where each weight and its scales (0 = none) begin, and the type that the loops read."""
+    held = [parts(w) for w in views]
+    table = np.array([[address(w) for w, _ in held], [address(scale) for _, scale in held]], np.int64)
+    return held, table.reshape(2, 3, -1), storage(held[0][0]).dtype
 
 
 @jit(parallel=True)
@@ -202,6 +218,140 @@ def _output_rows(table, dtype, segment, start, hidden, ys):
     F, D, i, first, last = hidden.shape[1], ys.shape[1], segment[0], segment[1], segment[2]
     w2 = at_address(table[0, 1, i], (D, F), dtype)
     dots(hidden[first:last], w2, table[1, 1, i], start, min(start + ROWS, D), ys[first:last])
+
+
+def _forward_many(
+    x: Float[Array, "N D"],
+    views: list[Array],
+    segments: Sequence[tuple[int, slice]],
+    F: int,
+    pairs: Int[Array, " M"],
+    k: int,
+    gelu: bool,
+) -> Float[Array, "M D"]:
+    held, table, dtype = _table(views)
+    ends = np.array([(rows.start, rows.stop) for _, rows in segments], np.int64)
+    panels, lanes = [], LINE // x.itemsize
+    for i, (start, stop) in enumerate(ends.tolist()):
+        panels += [(i, row, min(row + lanes, stop)) for row in range(start, stop, lanes)]
+    ys = np.empty((len(pairs), x.shape[1]), x.dtype)
+    many(
+        x,
+        table,
+        np.array(panels, np.int64),
+        dtype,
+        gelu,
+        is_bfloat16(views[0]),
+        F,
+        pairs,
+        k,
+        numba.get_num_threads(),
+        ys,
+    )
+    del held
+    return ys
+
+
+@jit(parallel=True)
+def many(x, table, panels, dtype, gelu, bf16, F, pairs, k, threads, ys):
+    """A panel is up to LANES tokens of one expert, side by side in lines: `panels` (P, 3), place in the list and rows.
+
+    xs (P, D, LANES) -> hidden (P, F, LANES) -> results (P, D, LANES), by blocks of CHUNK rows of one weight for all panels
+    of its expert. A thread takes the next block when it is done with one.
+    """
+    P, D, lanes = len(panels), x.shape[1], LINE // x.itemsize
+    listed = panels[-1, 0] + 1
+    first = np.zeros(listed + 1, np.int64)  # panel of each expert
+    for panel in range(P):
+        first[panels[panel, 0] + 1] = panel + 1
+    xs, hidden = np.empty((P, D, lanes), x.dtype), np.empty((P, F, lanes), x.dtype)
+    for panel in numba.prange(P):
+        _load_panel(x, pairs, k, panels[panel], xs[panel])
+    counters = np.zeros((2, 1), np.int64)
+    for _ in numba.prange(threads):
+        _hidden_blocks(table, first, F, gelu, bf16, dtype, counters[0], xs, hidden)
+    results = xs  # which are read no more
+    for _ in numba.prange(threads):
+        _output_blocks(table, first, dtype, counters[1], hidden, results)
+    for panel in numba.prange(P):
+        _store_panel(results[panel], panels[panel], ys)
+
+
+@jit()
+def _hidden_blocks(table, first, F, gelu, bf16, dtype, counter, xs, hidden):
+    """Blocks of CHUNK rows of w1, and the same of w3, until there are none."""
+    listed, lanes = len(first) - 1, xs.shape[2]
+    most = np.max(first[1:] - first[:-1])
+    gate_in, up = np.empty((most, CHUNK, lanes), xs.dtype), np.empty((most, CHUNK, lanes), xs.dtype)
+    block = take(counter)
+    while CHUNK * (block // listed) < F:
+        i, start = block % listed, CHUNK * (block // listed)  # some rows of one expert, then of the next
+        stop, mine = min(start + CHUNK, F), xs[first[i] : first[i + 1]]
+        _product(table[0, 0, i], table[1, 0, i], F, start, stop, mine, dtype, gate_in)
+        _product(table[0, 2, i], table[1, 2, i], F, start, stop, mine, dtype, up)
+        for panel in range(len(mine)):
+            g, u = gate_in[panel, : stop - start].reshape(-1), up[panel, : stop - start].reshape(-1)
+            _activate_row(g, u, gelu, bf16, hidden[first[i] + panel, start:stop].reshape(-1))
+        block = take(counter)
+
+
+@jit()
+def _output_blocks(table, first, dtype, counter, hidden, results):
+    """Blocks of CHUNK rows of w2, until there are none."""
+    listed, D = len(first) - 1, results.shape[1]
+    block = take(counter)
+    while CHUNK * (block // listed) < D:
+        i, start = block % listed, CHUNK * (block // listed)
+        stop, mine = min(start + CHUNK, D), slice(first[i], first[i + 1])
+        _product(table[0, 1, i], table[1, 1, i], D, start, stop, hidden[mine], dtype, results[mine, start:stop])
+        block = take(counter)
+
+
+@jit()
+def _product(place, scale, rows, start, stop, xs, dtype, out):
+    """out[panel, row - start] = w[row] · xs[panel] for the rows start .. stop - 1 of the weight at an address."""
+    P, width = xs.shape[0], xs.shape[1]
+    w = at_address(place, (rows, width), dtype)
+    wide = np.empty((CHUNK, STRETCH + LINE), xs.dtype)  # rows whole pages apart would compete for a few of its places
+    groups = (P + PANELS - 1) // PANELS  # of about equal size
+    for group in range(groups):
+        for begin in range(0, width, STRETCH):
+            length = min(STRETCH, width - begin)
+            for row in range(start, stop):
+                source, target = w[row, begin : begin + length], wide[row - start]
+                for i in range(length):
+                    target[i] = widen(source[i])
+            for i in range(0, length, DEPTH):
+                left = wide[: stop - start, i : min(i + DEPTH, length)]
+                for panel in range(group * P // groups, (group + 1) * P // groups):
+                    right = xs[panel, begin + i : begin + i + left.shape[1]]
+                    multiply(left, right, out[panel, : stop - start], begin + i == 0)
+    if scale != 0:
+        factors = at_address(scale, (rows,), np.float32)
+        for panel in range(P):
+            for row in range(start, stop):
+                for lane in range(out.shape[2]):
+                    out[panel, row - start, lane] *= factors[row]
+
+
+@jit()
+def _load_panel(x, pairs, k, panel, xs):
+    """Turn a panel's tokens into lanes; zeros beyond the last."""
+    tokens = panel[2] - panel[1]
+    if tokens < xs.shape[1]:
+        xs[:] = 0
+    for lane in range(tokens):
+        source, target = x[pairs[panel[1] + lane] // k], xs[:, lane]
+        for d in range(len(source)):
+            target[d] = source[d]
+
+
+@jit()
+def _store_panel(results, panel, ys):
+    for row in range(panel[1], panel[2]):
+        source, target = results[:, row - panel[1]], ys[row]
+        for d in range(len(source)):
+            target[d] = source[d]
 
 
 @jit()
