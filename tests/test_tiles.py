@@ -75,8 +75,9 @@ def _take_all(threads, pieces, counter, taken):
 
 
 def test_every_piece_is_taken_once():
+    pieces = 1_000_000  # so many that threads are at it at the same time
     for threads in (1, 2, 7):
-        counter, taken = np.zeros(1, np.int64), np.zeros((threads, 10_000), np.int64)
-        _take_all(threads, 10_000, counter, taken)
+        counter, taken = np.zeros(1, np.int64), np.zeros((threads, pieces), np.uint8)
+        _take_all(threads, pieces, counter, taken)
         assert (taken.sum(0) == 1).all()
-        assert counter[0] == 10_000 + threads
+        assert counter[0] == pieces + threads

@@ -47,7 +47,7 @@ class Preset:
 
 _MEDIUM = ModelConfig(
     vocab_size=32000, hidden_size=1024, intermediate_size=3584, num_layers=8, num_heads=16, num_kv_heads=4, head_dim=64,
-    max_length=4096,
+    max_length=32768,
 )  # fmt: skip
 
 BENCHMARKS: dict[str, Preset] = {

@@ -26,6 +26,7 @@ from minimoe.training.loop import TrainConfig, TrainState, train_step
 
 STEPS = 16  # decoding steps of one run
 CHUNK = 4096  # tokens of a prompt that are read at once: what a step keeps between its ops grows with them
+REFERENCE_CHUNK = 512  # by the reference, which keeps the scores of all pairs of them and the tokens before
 CHECKED = 4  # of which so many are compared
 
 
@@ -126,7 +127,7 @@ class Prefill(Ours):
         return to_host(self._forward()[-1][0])[:, 0]
 
     def _passes(self) -> list[Pass]:
-        sizes = [part.shape[1] for part in chunks(self.task.prompt)]
+        sizes = [part.shape[1] for part in chunks(self.ops, self.task.prompt)]
         held = np.cumsum([0, *sizes])
         return [
             self.passes(size, int(before), routed)
@@ -145,15 +146,16 @@ class Prefill(Ours):
         return total
 
 
-def chunks(prompt: Int[Array, "B T"]) -> list[Int[Array, "B t"]]:
+def chunks(ops: Backend, prompt: Int[Array, "B T"]) -> list[Int[Array, "B t"]]:
     """Split a prompt into what is read at once."""
-    return [prompt[:, i : i + CHUNK] for i in range(0, prompt.shape[1], CHUNK)]
+    step = REFERENCE_CHUNK if ops.name == "numpy" else CHUNK
+    return [prompt[:, i : i + step] for i in range(0, prompt.shape[1], step)]
 
 
 def read_prompt(workload: Ours, cache: mixtral.KVCache) -> list[tuple[Array, Any]]:
     """Read the prompt into a cache; return logits of the last token and routing of each chunk."""
     ops, config, params, found = workload.ops, workload.config, workload.params, []
-    for part in chunks(workload.task.prompt):
+    for part in chunks(ops, workload.task.prompt):
         inputs = mixtral.check_inputs(part, config.vocab_size, cache=cache)
         found.append(mixtral.forward(ops, config, params, inputs, cache=cache, last_only=True))
     return found
