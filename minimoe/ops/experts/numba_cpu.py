@@ -35,8 +35,8 @@ FEW_ROWS = 24  # tokens of each expert up to which reading its weights once, row
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
 ROWS = 64  # of a block, the work that is dealt to threads
-# Blocks of many tokens: rows of a weight, of which a stretch is widened at a time, and a part of that multiplied with so
-# many panels of tokens. What is read again stays in a core's own cache.
+# Blocks of many tokens: rows of a weight, of which a stretch is widened at a time, and a part of that multiplied with
+# so many panels of tokens. What is read again stays in a core's own cache.
 CHUNK, STRETCH, DEPTH, PANELS = 48, 1024, 256, 12
 ROOT, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715  # gelu_tanh(z) = z · sigmoid(ROOT · (z + CUBE · z³))
 
