@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
@@ -93,12 +94,24 @@ def multiply(left, right, out, begin):
     left (M, K) of any strides; right (K, N) and out (M, N) with columns side by side, N being whole lines; all of one
     type, float32 or float64. Every sum is taken in ascending order of k, whatever M and N are.
     """
+    multiply_ahead(left, right, out, begin, np.int64(0), np.int64(0), np.int64(0))
+
+
+@jit()
+def multiply_ahead(left, right, out, begin, ahead, ahead_row, lines):
+    """`multiply`, and with each large tile ask for `lines` of memory: those at `ahead`, then `ahead_row` bytes on.
+
+    What is read next arrives while this is multiplied; a processor foresees by itself only what lies one after another.
+    """
     M, K = left.shape
     x, x_row, x_k = left.ctypes.data, left.strides[0], left.strides[1]
     y, y_k, z, z_row = right.ctypes.data, right.strides[0], out.ctypes.data, out.strides[0]
     for n in range(0, right.shape[1] * right.itemsize, LINE):
         m = 0
         while m + ROWS <= M:
+            for i in range(lines):
+                _ask_for(ahead + i * LINE)
+            ahead += ahead_row
             _large(x + m * x_row, x_row, x_k, y + n, y_k, K, z + m * z_row + n, z_row, begin, out.dtype)
             m += ROWS
         while m + FEWER <= M:
@@ -107,6 +120,21 @@ def multiply(left, right, out, begin):
         while m < M:
             _single(x + m * x_row, x_row, x_k, y + n, y_k, K, z + m * z_row + n, z_row, begin, out.dtype)
             m += 1
+
+
+@intrinsic
+def _ask_for(typingctx, place):
+    """Let a line of memory be brought into the core's second cache while other things are done."""
+
+    def codegen(context, builder, signature, args):
+        number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch")
+        read, second, data = (ir.Constant(number, value) for value in (0, 2, 1))
+        builder.call(prefetch, [builder.inttoptr(args[0], pointer), read, second, data])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), codegen
 
 
 @intrinsic

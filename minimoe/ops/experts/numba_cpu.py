@@ -29,7 +29,8 @@ from minimoe.ops.experts import Saved, check_activation
 from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
-from minimoe.tiles import LINE, multiply, take
+from minimoe.tiles import LINE, multiply_ahead, take
+from minimoe.tiles import ROWS as TILE_ROWS
 
 FEW_ROWS = 24  # tokens of each expert up to which reading its weights once, row by row, is faster than tiles or BLAS
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
@@ -283,49 +284,70 @@ def _hidden_blocks(table, first, F, gelu, bf16, dtype, counter, xs, hidden):
     listed, lanes = len(first) - 1, xs.shape[2]
     most = np.max(first[1:] - first[:-1])
     gate_in, up = np.empty((most, CHUNK, lanes), xs.dtype), np.empty((most, CHUNK, lanes), xs.dtype)
-    block = take(counter)
+    block, following = take(counter), take(counter)
     while CHUNK * (block // listed) < F:
         i, start = block % listed, CHUNK * (block // listed)  # some rows of one expert, then of the next
         stop, mine = min(start + CHUNK, F), xs[first[i] : first[i + 1]]
-        _product(table[0, 0, i], table[1, 0, i], F, start, stop, mine, dtype, gate_in)
-        _product(table[0, 2, i], table[1, 2, i], F, start, stop, mine, dtype, up)
+        row = np.int64(CHUNK * (following // listed))
+        after = _row_at(table[0, 0, following % listed], row if row < F else 0, xs.shape[1], dtype)
+        now = _row_at(table[0, 2, i], start, xs.shape[1], dtype)
+        _product(table[0, 0, i], table[1, 0, i], F, start, stop, mine, dtype, now, gate_in)
+        _product(table[0, 2, i], table[1, 2, i], F, start, stop, mine, dtype, after, up)
         for panel in range(len(mine)):
             g, u = gate_in[panel, : stop - start].reshape(-1), up[panel, : stop - start].reshape(-1)
             _activate_row(g, u, gelu, bf16, hidden[first[i] + panel, start:stop].reshape(-1))
-        block = take(counter)
+        block, following = following, take(counter)
 
 
 @jit()
 def _output_blocks(table, first, dtype, counter, hidden, results):
     """Blocks of CHUNK rows of w2, until there are none."""
     listed, D = len(first) - 1, results.shape[1]
-    block = take(counter)
+    block, following = take(counter), take(counter)
     while CHUNK * (block // listed) < D:
         i, start = block % listed, CHUNK * (block // listed)
         stop, mine = min(start + CHUNK, D), slice(first[i], first[i + 1])
-        _product(table[0, 1, i], table[1, 1, i], D, start, stop, hidden[mine], dtype, results[mine, start:stop])
-        block = take(counter)
+        row = np.int64(CHUNK * (following // listed))
+        after = _row_at(table[0, 1, following % listed], row if row < D else 0, hidden.shape[1], dtype)
+        _product(table[0, 1, i], table[1, 1, i], D, start, stop, hidden[mine], dtype, after, results[mine, start:stop])
+        block, following = following, take(counter)
 
 
 @jit()
-def _product(place, scale, rows, start, stop, xs, dtype, out):
-    """out[panel, row - start] = w[row] · xs[panel] for the rows start .. stop - 1 of the weight at an address."""
+def _row_at(place, row, width, dtype):
+    """Where a row of a weight begins."""
+    return place + row * width * np.empty(0, dtype).itemsize
+
+
+@jit()
+def _product(place, scale, rows, start, stop, xs, dtype, after, out):
+    """out[panel, row - start] = w[row] · xs[panel] for the rows start .. stop - 1 of the weight at an address.
+
+    Meanwhile it asks for what will be read next: the next stretch of these rows, or the rows at `after`.
+    """
     P, width = xs.shape[0], xs.shape[1]
     w = at_address(place, (rows, width), dtype)
+    row_bytes, tiles = width * w.itemsize, (stop - start) // TILE_ROWS
     wide = np.empty((CHUNK, STRETCH + LINE), xs.dtype)  # rows whole pages apart would compete for a few of its places
     groups = (P + PANELS - 1) // PANELS  # of about equal size
     for group in range(groups):
+        first, end = group * P // groups, (group + 1) * P // groups
         for begin in range(0, width, STRETCH):
             length = min(STRETCH, width - begin)
             for row in range(start, stop):
                 source, target = w[row, begin : begin + length], wide[row - start]
                 for i in range(length):
                     target[i] = widen(source[i])
+            next_stretch = place + start * row_bytes + (begin + STRETCH) * w.itemsize
+            ahead = next_stretch if begin + STRETCH < width else after
             for i in range(0, length, DEPTH):
                 left = wide[: stop - start, i : min(i + DEPTH, length)]
-                for panel in range(group * P // groups, (group + 1) * P // groups):
+                for panel in range(first, end):
                     right = xs[panel, begin + i : begin + i + left.shape[1]]
-                    multiply(left, right, out[panel, : stop - start], begin + i == 0)
+                    row = (panel - first) * tiles  # a large tile asks for a part of one of these rows
+                    lines = DEPTH * w.itemsize // LINE if row < stop - start else 0
+                    where = ahead + row * row_bytes + i * w.itemsize
+                    multiply_ahead(left, right, out[panel, : stop - start], begin + i == 0, where, row_bytes, lines)
     if scale != 0:
         factors = at_address(scale, (rows,), np.float32)
         for panel in range(P):
