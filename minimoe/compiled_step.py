@@ -34,7 +34,7 @@ from minimoe.products import round_row
 from minimoe.quantized import Int8, kept_dtype, parts
 from minimoe.shapes import Array
 
-MOST_TOKENS = min(linear.FEW_ROWS, experts.FEW_ROWS, gating.FEW_ROWS)  # per step; more are multiplied by BLAS
+MOST_TOKENS = min(linear.FEW_ROWS, experts.FEW_ROWS, gating.FEW_ROWS)  # per step; more go op by op
 ROOMS = {
     "attention": attention, "embedding": embedding, "experts": experts, "gating": gating, "kv_cache": kv_cache,
     "linear": linear, "rmsnorm": rmsnorm, "rope": rope,

@@ -14,7 +14,7 @@ from minimoe.bench import cold, models, plan, report, run, tables
 from minimoe.bench.models import Source
 from minimoe.bench.plan import Order
 from minimoe.bench.work import Work
-from minimoe.bench.workloads import Decode, Prefill
+from minimoe.bench.workloads import Decode, Prefill, chunks, task
 from tests import small
 from tests.bench.documents import SCHEMA
 from tests.bench.test_work import SMALL
@@ -107,6 +107,19 @@ def test_a_mapped_preset_is_written_mapped_and_removed(quick, monkeypatch, tmp_p
     document = measured()
     assert seen[0].startswith(str(tmp_path)) and not list(tmp_path.iterdir())
     assert document["results"][0]["check"]["right"]
+
+
+def test_the_reference_reads_a_prompt_in_smaller_pieces(monkeypatch):
+    weights, wanted = params.random(SMALL, 0, np.dtype(np.float64)), task("prefill", SMALL, 2, 7)
+    expected = Prefill(make_backend("numpy"), SMALL, weights, wanted).answer()
+    monkeypatch.setattr("minimoe.bench.workloads.REFERENCE_CHUNK", 3)
+    sizes = {name: [len(c[0]) for c in chunks(make_backend(name), wanted.prompt)] for name in ("numpy", "numba")}
+    assert sizes == {"numpy": [3, 3, 1], "numba": [7]}
+    np.testing.assert_allclose(Prefill(make_backend("numpy"), SMALL, weights, wanted).answer(), expected, rtol=1e-12)
+
+
+def test_the_medium_preset_takes_long_contexts():
+    assert task("decode", models.BENCHMARKS["medium"].config, 1, 16384).prompt.shape == (1, 16384)
 
 
 def test_a_wrong_answer_is_named(small_preset, monkeypatch):
