@@ -283,8 +283,7 @@ def keep_freed_memory() -> bool:
 
     By default it returns every large array to the system, and the next one is paid for with a page fault per 4 KiB. In
     training that is half the time of the experts: 11.3 ms a forward and 22.9 a backward, 6.6 and 14.0 with this (4096
-    tokens of the tiny preset on one core). For a prompt of 512 tokens the experts of the medium preset took 298 ms a
-    layer, and 239 with this. It holds for the whole process, so a program decides it, not an op.
+    tokens of the tiny preset on one core). It holds for the whole process, so a program decides it, not an op.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -2,11 +2,12 @@
 
     out[row, lane] = Σ_k left[row, k] · right[k, lane]        row < ROWS, lane < LANES
 
-For every k a tile reads one line of `right`, LANES numbers side by side, and one number of each row of `left`, which it
-multiplies with the whole line: ROWS + LANES numbers for ROWS · LANES products. Nothing is written before the last k,
-where a loop over arrays would read and write its sums each time; Numba cannot be told to keep an array in registers, so
-this one loop is given to LLVM in its own language, with a variable for each row. In a core's own cache it was measured
-at 86 to 91 of the 94 GFLOP/s that the core can do at most, float32 with AVX2, down to 32 products for a sum.
+For every k a tile reads one line of `right`, LANES numbers side by side (16 float32, or 8 float64), and one number of
+each row of `left`, which it multiplies with the whole line: ROWS + LANES numbers for ROWS · LANES products. Nothing is
+written before the last k, where a loop over arrays would read and write its sums each time; Numba cannot be told to
+keep an array in registers, so this one loop is given to LLVM in its own language, with a variable for each row. In a
+core's own cache it was measured at 86 to 91 of the 94 GFLOP/s that the core can do at most, float32 with AVX2, down to
+32 products for a sum.
 
 A line is one cache line, 64 bytes: one register of AVX-512, two of AVX2, four of NEON. AVX2 has 16 registers, the other
 two 32, and the sums of 6 lines or, in AVX-512, 12 keep both of its multipliers busy while an addition takes 4 cycles.

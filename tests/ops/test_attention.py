@@ -114,7 +114,7 @@ def test_the_future_is_not_seen(attention):
     assert_close(attention.forward(q, k, v, pos, pos, None)[0][:, :3], expected[:, :3], 0)
 
 
-@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("T", [1, 3, 9])
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(attention, T, cap):
     q, k, v, _, _ = draw(1, T, 5, 2, 1, 3, 0)

@@ -69,7 +69,7 @@ def backward(
     cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
     q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
-    dout, out, lse = (np.ascontiguousarray(x) for x in (dout, out, lse))
+    dout, out, lse = (np.ascontiguousarray(x, q.dtype) for x in (dout, out, lse))
     dq, dk, dv = np.empty_like(q), np.empty(k.shape, q.dtype), np.empty(v.shape, q.dtype)
     window, scale, cap = scalars(q.shape[3], window, scale, cap)
     _backward(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv)
@@ -115,7 +115,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b,
         position[lane] = q_pos[b, (start + lane) // G]
     first, last = _seen(position[:lanes], k_pos[b], window)
     # forward: scores = q · kᵀ / sqrt(C)
-    qT = _load_lanes(q, b, kh, G, start, lanes, bf16)  # (C, lanes)
+    qT = _load_lanes(q, b, kh, G, start, lanes, bf16)  # (C, LANES)
     rows = _load_rows(k, q.dtype, b, kh, first, last)  # (S', C)
     scores = np.empty((len(rows), LANES), q.dtype)
     multiply(rows, qT, scores, True)
@@ -314,7 +314,7 @@ def _load_rows(x, dtype, b, kh, first, last):
 
 @jit(inline="always")
 def _padded(C):
-    return (C + 15) // 16 * 16  # whole lines in either type
+    return (C + 15) // 16 * 16  # whole lines: 16 float32, twice 8 float64
 
 
 @jit(parallel=True)

@@ -7,7 +7,7 @@ act is silu(z) = z · sigmoid(z) (SwiGLU: Mixtral) or gelu_tanh(z) = z/2 · (1 +
 (GeGLU: Grok-1), which is z · sigmoid(2 u).
 
 Every (token, slot) pair is served, whatever the load (no capacity, nothing dropped): pairs are sorted by expert with a
-counting sort, each expert multiplies its contiguous segment, results go back to their slots. No atomics anywhere, so
+counting sort, each expert multiplies its contiguous segment, results go back to their slots. No sum is atomic, so
 the result does not depend on scheduling.
 
 Sources: Jiang et al., Mixtral of Experts, arXiv 2401.04088, section 2.1; Shazeer, GLU Variants Improve Transformer,

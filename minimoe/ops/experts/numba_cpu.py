@@ -255,9 +255,9 @@ def _forward_many(
 
 @jit(parallel=True)
 def many(x, table, panels, dtype, gelu, bf16, F, pairs, k, threads, ys):
-    """A panel is up to LANES tokens of one expert, side by side in lines: `panels` (P, 3), place in the list and rows.
+    """A panel is up to a line of tokens of one expert, side by side: `panels` (P, 3), place in the list and rows.
 
-    xs (P, D, LANES) -> hidden (P, F, LANES) -> results (P, D, LANES), by blocks of CHUNK rows of one weight for all
+    xs (P, D, lanes) -> hidden (P, F, lanes) -> results (P, D, lanes), by blocks of CHUNK rows of one weight for all
     panels of its expert. A thread takes the next block when it is done with one.
     """
     P, D, lanes = len(panels), x.shape[1], LINE // x.itemsize
@@ -270,47 +270,49 @@ def many(x, table, panels, dtype, gelu, bf16, F, pairs, k, threads, ys):
         _load_panel(x, pairs, k, panels[panel], xs[panel])
     counters = np.zeros((2, 1), np.int64)
     for _ in numba.prange(threads):
-        _hidden_blocks(table, first, F, gelu, bf16, dtype, counters[0], xs, hidden)
+        _hidden_blocks(table, first, F, gelu, bf16, dtype, threads, counters[0], xs, hidden)
     results = xs  # which are read no more
     for _ in numba.prange(threads):
-        _output_blocks(table, first, dtype, counters[1], hidden, results)
+        _output_blocks(table, first, dtype, threads, counters[1], hidden, results)
     for panel in numba.prange(P):
         _store_panel(results[panel], panels[panel], ys)
 
 
 @jit()
-def _hidden_blocks(table, first, F, gelu, bf16, dtype, counter, xs, hidden):
+def _hidden_blocks(table, first, F, gelu, bf16, dtype, threads, counter, xs, hidden):
     """Blocks of CHUNK rows of w1, and the same of w3, until there are none."""
     listed, lanes = len(first) - 1, xs.shape[2]
     most = np.max(first[1:] - first[:-1])
     gate_in, up = np.empty((most, CHUNK, lanes), xs.dtype), np.empty((most, CHUNK, lanes), xs.dtype)
-    block, following = take(counter), take(counter)
+    block = take(counter)
     while CHUNK * (block // listed) < F:
         i, start = block % listed, CHUNK * (block // listed)  # some rows of one expert, then of the next
         stop, mine = min(start + CHUNK, F), xs[first[i] : first[i + 1]]
+        following = block + threads  # probably; only a guess at what is to be asked for
         row = np.int64(CHUNK * (following // listed))
         after = _row_at(table[0, 0, following % listed], row if row < F else 0, xs.shape[1], dtype)
-        now = _row_at(table[0, 2, i], start, xs.shape[1], dtype)
-        _product(table[0, 0, i], table[1, 0, i], F, start, stop, mine, dtype, now, gate_in)
+        w3_rows = _row_at(table[0, 2, i], start, xs.shape[1], dtype)
+        _product(table[0, 0, i], table[1, 0, i], F, start, stop, mine, dtype, w3_rows, gate_in)
         _product(table[0, 2, i], table[1, 2, i], F, start, stop, mine, dtype, after, up)
         for panel in range(len(mine)):
             g, u = gate_in[panel, : stop - start].reshape(-1), up[panel, : stop - start].reshape(-1)
             _activate_row(g, u, gelu, bf16, hidden[first[i] + panel, start:stop].reshape(-1))
-        block, following = following, take(counter)
+        block = take(counter)
 
 
 @jit()
-def _output_blocks(table, first, dtype, counter, hidden, results):
+def _output_blocks(table, first, dtype, threads, counter, hidden, results):
     """Blocks of CHUNK rows of w2, until there are none."""
     listed, D = len(first) - 1, results.shape[1]
-    block, following = take(counter), take(counter)
+    block = take(counter)
     while CHUNK * (block // listed) < D:
         i, start = block % listed, CHUNK * (block // listed)
+        following = block + threads
         stop, mine = min(start + CHUNK, D), slice(first[i], first[i + 1])
         row = np.int64(CHUNK * (following // listed))
         after = _row_at(table[0, 1, following % listed], row if row < D else 0, hidden.shape[1], dtype)
         _product(table[0, 1, i], table[1, 1, i], D, start, stop, hidden[mine], dtype, after, results[mine, start:stop])
-        block, following = following, take(counter)
+        block = take(counter)
 
 
 @jit()
@@ -328,7 +330,7 @@ def _product(place, scale, rows, start, stop, xs, dtype, after, out):
     P, width = xs.shape[0], xs.shape[1]
     w = at_address(place, (rows, width), dtype)
     row_bytes, tiles = width * w.itemsize, (stop - start) // TILE_ROWS
-    wide = np.empty((CHUNK, STRETCH + LINE), xs.dtype)  # rows whole pages apart would compete for a few of its places
+    wide = np.empty((CHUNK, STRETCH + 16), xs.dtype)  # rows whole pages apart would compete for few places of a cache
     groups = (P + PANELS - 1) // PANELS  # of about equal size
     for group in range(groups):
         first, end = group * P // groups, (group + 1) * P // groups
@@ -338,15 +340,16 @@ def _product(place, scale, rows, start, stop, xs, dtype, after, out):
                 source, target = w[row, begin : begin + length], wide[row - start]
                 for i in range(length):
                     target[i] = widen(source[i])
-            next_stretch = place + start * row_bytes + (begin + STRETCH) * w.itemsize
-            ahead = next_stretch if begin + STRETCH < width else after
+            ahead = place + start * row_bytes + (begin + STRETCH) * w.itemsize  # the next stretch
+            if begin + STRETCH >= width:
+                ahead = after if group == groups - 1 else place + start * row_bytes
             for i in range(0, length, DEPTH):
                 left = wide[: stop - start, i : min(i + DEPTH, length)]
                 for panel in range(first, end):
                     right = xs[panel, begin + i : begin + i + left.shape[1]]
-                    row = (panel - first) * tiles  # a large tile asks for a part of one of these rows
-                    lines = DEPTH * w.itemsize // LINE if row < stop - start else 0
-                    where = ahead + row * row_bytes + i * w.itemsize
+                    asked = (panel - first) * tiles  # each large tile asks for a part of one row, from this one on
+                    lines = DEPTH * w.itemsize // LINE if asked < stop - start else 0
+                    where = ahead + asked * row_bytes + i * w.itemsize
                     multiply_ahead(left, right, out[panel, : stop - start], begin + i == 0, where, row_bytes, lines)
     if scale != 0:
         factors = at_address(scale, (rows,), np.float32)
