@@ -208,10 +208,9 @@ def draw_experts(seed):
 def call_experts(module, x, w1, w2, w3, ids, weights, dout, activation="silu"):
     out, saved = module.forward(x, w1, w2, w3, ids, weights, True, activation)
     alone, nothing = module.forward(x, w1, w2, w3, ids, weights, activation=activation)
-    np.testing.assert_array_equal(alone, out)
     assert nothing is None
     kept = [saved.gate_in, saved.up, saved.slots]
-    return [out, *kept, *module.backward(dout, x, w1, w2, w3, weights, saved, activation)]
+    return [out, alone, *kept, *module.backward(dout, x, w1, w2, w3, weights, saved, activation)]
 
 
 def call_gelu_experts(*inputs):

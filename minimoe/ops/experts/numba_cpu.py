@@ -10,6 +10,7 @@ are read where they lie and widened a few at a time; what passes between the ste
 In both the experts come as a table of addresses: one compiled loop for any E, stacked or memory-mapped.
 
 Training, which keeps what its backward needs row by row: one BLAS product for each segment, and fused loops around it.
+Its sums are added up in another order: of many tokens it finds the same numbers but for their last bits.
 Whichever it was, the combine reads each token's k results in slot order.
 """
 
