@@ -4,6 +4,9 @@ Op by op, a step of a small model spends four fifths of its time in Python: a ca
 or more, preparing its arguments several, and there are thirteen loops in a layer. Here one jitted function calls the
 rooms' own loops in the order of `layers.forward`. It has no arithmetic of its own, and is tested against the ops.
 
+Threads enter the step once and meet between its stages (see `stages`). Only products and attention are cut into pieces;
+all else is one thread's, a token of each sequence being too little for more.
+
 Weights and cache are handed over as tables of addresses, made once for many steps, so that one compiled function serves
 any number of layers and experts, stacked or memory-mapped.
 """
@@ -11,8 +14,10 @@ any number of layers and experts, stacked or memory-mapped.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -20,7 +25,7 @@ from minimoe.arrays import is_bfloat16
 from minimoe.backends import Backend
 from minimoe.cache import KVCache
 from minimoe.config import ModelConfig
-from minimoe.loops import address, at_address, jit, storage
+from minimoe.loops import FEW_PRODUCTS, address, at_address, by_address, call, jit, storage
 from minimoe.ops.attention import numba_cpu as attention
 from minimoe.ops.embedding import numba_cpu as embedding
 from minimoe.ops.experts import numba_cpu as experts
@@ -33,6 +38,7 @@ from minimoe.params import LayerParams, Params, leaves
 from minimoe.products import round_row
 from minimoe.quantized import Int8, kept_dtype, parts
 from minimoe.shapes import Array
+from minimoe.stages import NONE, ONE, begin, go_on, new_stages
 
 MOST_TOKENS = min(linear.FEW_ROWS, experts.FEW_ROWS, gating.FEW_ROWS)  # per step; more go op by op
 ROOMS = {
@@ -40,8 +46,21 @@ ROOMS = {
     "linear": linear, "rmsnorm": rmsnorm, "rope": rope,
 }  # fmt: skip
 
+STAGES = 12  # of a layer
+
 # Columns of a layer's table: where each array begins, and its rows' scales (0 = none).
 NORM1, NORM2, POST1, POST2, GATE, WQ, WK, WV, WO, KEYS, VALUES = range(11)
+COLUMNS = 11
+
+# What a step is called with: where its arrays lie, the model's sizes, and how it computes.
+TASK = np.dtype(
+    [(name, np.int64) for name in (
+        "table", "chosen", "ends", "stages", "tokens", "q_pos", "cache_pos", "slots", "seen", "ids", "pairs", "offsets",
+        "place", "segments", "counts", "cos", "sin", "x", "residual", "y", "h", "normed", "r", "qkv", "q", "context",
+        "lse", "queries", "scores", "tops", "totals", "sums", "router", "weights", "xs", "ys", "gate_in", "up",
+        "hidden", "logits", *"BRLVDFHKCEk", "threads", "window", "gelu", "renormalise",
+    )] + [(name, np.float64) for name in ("eps", "scale", "cap", "embedding_multiplier")]
+)  # fmt: skip
 
 
 def prepared(
@@ -64,30 +83,74 @@ def prepared(
     some = params.layers[0].attention.wq
     stored = np.dtype(np.int8) if isinstance(some, Int8) else kept
     head = np.dtype(np.int8) if isinstance(params.head, Int8) else kept
-    both = zip(params.layers, cache.layers, strict=True)
-    table = np.array([_layer_table(layer, held.k, held.v) for layer, held in both], np.int64)
-    chosen = np.array([_experts_table(layer) for layer in params.layers], np.int64)
-    ends = np.array([_place(params.tok_embeddings), _place(params.norm), _place(params.head)], np.int64)
-    window, scale, cap = attention.scalars(c.head_dim, c.sliding_window, c.attention_scale, c.attention_cap)
+    arrays, task = _arrays(c, params, cache), np.zeros(1, TASK)
+    for name, array in arrays.items():
+        task[name] = address(array)
+    task["window"], task["scale"], task["cap"] = attention.scalars(
+        c.head_dim, c.sliding_window, c.attention_scale, c.attention_cap
+    )
     sizes = (
-        c.vocab_size, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim,
-        c.num_experts_per_token, window,
+        B, cache.positions.shape[1], c.num_layers, c.vocab_size, c.hidden_size, c.intermediate_size, c.num_heads,
+        c.num_kv_heads, c.head_dim, c.num_experts, c.num_experts_per_token,
     )  # fmt: skip
-    numbers = (c.norm_eps, scale, cap, float(c.embedding_multiplier), float(c.output_multiplier))
-    forms = (c.activation == "gelu_tanh", c.renormalise, False)
+    for name, value in zip("BRLVDFHKCEk", sizes, strict=True):
+        task[name] = value
+    task["gelu"], task["renormalise"] = c.activation == "gelu_tanh", c.renormalise
+    task["eps"], task["embedding_multiplier"] = c.norm_eps, c.embedding_multiplier
+    products = (
+        B
+        * c.hidden_size
+        * (2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.num_experts_per_token * c.intermediate_size)
+    )
+    most_threads = max(1, products // FEW_PRODUCTS)  # a small layer is done before they have met a dozen times
+    function, place = _compiled(kept, stored, head).address, address(task)
 
     def step(tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"]) -> Float[Array, "B V"]:
         _ = params  # held: addresses keep nothing alive
         cos, sin = rope.table(positions.reshape(-1), c.head_dim, c.rope_theta, np.float32)
-        logits, held = np.empty((B, c.vocab_size), np.float32), cache.positions.copy()
-        _step(
-            tokens, positions, cos, sin, held, table, chosen, ends, sizes, numbers, forms,
-            kept, stored, head, kept == np.uint16, logits,
-        )  # fmt: skip
-        cache.positions[...] = held  # now that all has gone well: Ctrl-C comes when the compiled call has returned
+        logits, threads = np.empty((B, c.vocab_size), np.float32), min(numba.get_num_threads(), most_threads)
+        now = {"tokens": tokens, "q_pos": positions, "cos": cos, "sin": sin, "cache_pos": cache.positions}
+        for name, array in now.items():
+            arrays[name][...] = array
+        arrays["stages"][...] = 0
+        task["logits"], task["threads"] = address(logits), threads
+        _run(function, place, threads)
+        cache.positions[...] = arrays["cache_pos"]  # now that all has gone well: Ctrl-C comes when `_run` has returned
+        if c.output_multiplier != 1:
+            logits *= np.float32(c.output_multiplier)
         return logits
 
     return step
+
+
+def _arrays(c: ModelConfig, params: Params, cache: KVCache) -> dict[str, Array]:
+    """What a step reads and writes, by the names in TASK: made once, and filled anew in each step."""
+    B, R = cache.positions.shape
+    D, F, H, K, C, E, k = (
+        c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.num_experts,
+        c.num_experts_per_token,
+    )  # fmt: skip
+    both = zip(params.layers, cache.layers, strict=True)
+    rows = -(-R // attention.KEYS) * B * H  # of blocks of keys, at most
+    ints: dict[str, Any] = {
+        "tokens": (B, 1), "q_pos": (B, 1), "cache_pos": (B, R), "slots": (B, 1), "seen": (B, 2), "ids": (B, k),
+        "pairs": B * k, "offsets": E + 1, "place": (B, k), "segments": (E, 3), "counts": 2,
+    }  # fmt: skip
+    floats: dict[str, Any] = {
+        "cos": (B, C // 2), "sin": (B, C // 2), "x": (B, D), "residual": (B, D), "y": (B, D), "h": (B, D),
+        "normed": (B, D), "r": B, "qkv": B * (H + 2 * K) * C, "q": B * H * C, "context": B * H * C, "lse": B * H,
+        "queries": B * H * C, "scores": rows * attention.KEYS, "tops": rows, "totals": rows, "sums": rows * C,
+        "router": (B, E), "weights": (B, k), "xs": (B * k, D), "ys": (B * k, D), "gate_in": (B * k, F),
+        "up": (B * k, F), "hidden": (B * k, F),
+    }  # fmt: skip
+    return {
+        "table": np.array([_layer_table(layer, held.k, held.v) for layer, held in both], np.int64),
+        "chosen": np.array([_experts_table(layer) for layer in params.layers], np.int64),
+        "ends": np.array([_place(params.tok_embeddings), _place(params.norm), _place(params.head)], np.int64),
+        "stages": new_stages(STAGES * c.num_layers + 3),
+        **{name: np.zeros(shape, np.int64) for name, shape in ints.items()},
+        **{name: np.zeros(shape, np.float32) for name, shape in floats.items()},
+    }
 
 
 def _own(ops: Backend) -> bool:
@@ -138,69 +201,149 @@ def _experts_table(layer: LayerParams) -> list[list[list[int]]]:
 
 
 @jit()
-def _step(
-    tokens, q_pos, cos, sin, cache_pos, table, chosen, ends, sizes, numbers, forms, kept, stored, head, bf16, logits
-):
-    """`kept` is the type of norms, gate, embeddings, cache (uint16 for bfloat16), `stored` and `head` of matrices."""
-    V, D, F, H, K, C, k, window = sizes
-    eps, scale, cap, embedding_multiplier, output_multiplier = numbers
-    gelu, renormalise, forced = forms
-    B, R, E = len(tokens), cache_pos.shape[1], chosen.shape[3]
-    narrow, narrow_head = bf16 and stored == kept, bf16 and head == kept
-    f32 = np.float32
-    everyone, allowed = np.arange(E), np.ones(E, np.bool_)
-    active = np.ones(B, np.bool_)
-    x, residual, y, h = np.empty((B, D), f32), np.zeros((B, D), f32), np.empty((B, D), f32), np.empty((B, D), f32)
-    r, q, context = np.empty(B, f32), np.empty((B, H, C), f32), np.empty((B, 1, H, C), f32)
-    lse = np.empty((B, 1, H), f32)
-    qkv, projections, one = np.empty(B * (H + 2 * K) * C, f32), np.empty((3, 3), np.int64), np.empty((1, 3), np.int64)
-    router, weights, ids = np.empty((B, E), f32), np.ones((B, k), f32), np.zeros((B, k), np.int64)
-    gate_in, up, hidden = np.empty((B * k, F), f32), np.empty((B * k, F), f32), np.empty((B * k, F), f32)
-    ys, none = np.empty((B * k, D), f32), np.empty((0, k, D), f32)
+def _run(function, task, threads):
+    if threads > 1:
+        _run_together(function, task, threads)
+    else:
+        call(function, task)
 
-    slots = kv_cache.write_all_positions(cache_pos, q_pos)
-    embedding.gather(tokens.reshape(-1), at_address(ends[0, 0], (V, D), kept), x)
-    if embedding_multiplier != 1:
-        x *= f32(embedding_multiplier)
-    for i in range(len(table)):
-        places = table[i]
-        norm = at_address(places[NORM1, 0], (D,), kept)
-        rmsnorm.norm_rows(x, residual, norm, eps, y, h, r)
-        for j in range(3):
-            projections[j] = places[WQ + j, 0], places[WQ + j, 1], (H if j == 0 else K) * C
-        linear.few(y, projections, stored, narrow, qkv)
+
+@jit(parallel=True)
+def _run_together(function, task, threads):
+    for _ in numba.prange(threads):
+        call(function, task)
+
+
+@cache
+def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -> Any:
+    """Compile a step where norms, gate, embeddings and cache are `kept` (uint16 for bfloat16), matrices `stored`."""
+    bf16, none, f32, i64 = kept == np.uint16, np.int64(NONE), np.float32, np.int64
+    narrow, narrow_head = bool(bf16 and stored == kept), bool(bf16 and head == kept)
+
+    @by_address("void(int64)")
+    def step(place_of_task):
+        """What each thread does: the whole model, in stages. What a stage of one piece asks for, one thread does alone.
+
+        Before a product its input is rounded where the weights are stored in bfloat16.
+        """
+        task = at_address(place_of_task, 1, TASK)[0]
+        B, R, L, V, D, F = task.B, task.R, task.L, task.V, task.D, task.F
+        H, K, C, E, k, threads = task.H, task.K, task.C, task.E, task.k, task.threads
+        eps, scale, cap, window = task.eps, task.scale, task.cap, task.window
+        gelu, renormalise = task.gelu != 0, task.renormalise != 0
+        table, chosen = at_address(task.table, (L, COLUMNS, 2), i64), at_address(task.chosen, (L, 2, 3, E), i64)
+        ends, stages = at_address(task.ends, (3, 2), i64), at_address(task.stages, (STAGES * L + 3, 2, 16), i64)
+        tokens, q_pos = at_address(task.tokens, (B,), i64), at_address(task.q_pos, (B, 1), i64)
+        cos, sin = at_address(task.cos, (B, C // 2), f32), at_address(task.sin, (B, C // 2), f32)
+        cache_pos, slots = at_address(task.cache_pos, (B, R), i64), at_address(task.slots, (B, 1), i64)
+        seen, counts = at_address(task.seen, (B, 2), i64), at_address(task.counts, (2,), i64)
+        x, residual = at_address(task.x, (B, D), f32), at_address(task.residual, (B, D), f32)
+        y, h = at_address(task.y, (B, D), f32), at_address(task.h, (B, D), f32)
+        normed, r = at_address(task.normed, (B, D), f32), at_address(task.r, (B,), f32)
+        qkv, q = at_address(task.qkv, (B * (H + 2 * K) * C,), f32), at_address(task.q, (B, 1, H, C), f32)
+        context, lse = at_address(task.context, (B, 1, H, C), f32), at_address(task.lse, (B, 1, H), f32)
+        router, ids = at_address(task.router, (B, E), f32), at_address(task.ids, (B, k), i64)
+        weights, place = at_address(task.weights, (B, k), f32), at_address(task.place, (B, k), i64)
+        pairs, offsets = at_address(task.pairs, (B * k,), i64), at_address(task.offsets, (E + 1,), i64)
+        xs, ys = at_address(task.xs, (B * k, D), f32), at_address(task.ys, (B * k, D), f32)
+        gate_in, up = at_address(task.gate_in, (B * k, F), f32), at_address(task.up, (B * k, F), f32)
+        hidden, segments = at_address(task.hidden, (B * k, F), f32), at_address(task.segments, (E, 3), i64)
+        logits = at_address(task.logits, (B * V,), f32)
         q_end, k_end = B * H * C, B * (H + K) * C
         new_q, new_k = qkv[:q_end].reshape(B, H, C), qkv[q_end:k_end].reshape(B, K, C)
-        k_cache = at_address(places[KEYS, 0], (B, R, K, C), kept)
-        v_cache = at_address(places[VALUES, 0], (B, R, K, C), kept)
-        rope.rotate_into_cache(new_q, new_k, qkv[k_end:].reshape(B, K, C), cos, sin, k_cache, v_cache, slots, q)
-        queries = q.reshape(B, 1, H, C)
-        attention.forward_few(queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, bf16, context, lse)
-        one[0] = places[WO, 0], places[WO, 1], D
-        linear.few(context.reshape(B, H * C), one, stored, narrow, x.reshape(-1))
-        if places[POST1, 0] != 0:
-            norm = at_address(places[POST1, 0], (D,), kept)
-            rmsnorm.norm_rows(x, x[:0], norm, eps, x, x, r)
+        new_v, rotated = qkv[k_end:].reshape(B, K, C), q.reshape(B, H, C)
+        everyone, allowed, unkept = np.arange(E), np.ones(E, np.bool_), np.empty((0, k, D), f32)
+        projections, one = np.empty((3, 3), i64), np.empty((1, 3), i64)
 
-        norm = at_address(places[NORM2, 0], (D,), kept)
-        rmsnorm.norm_rows(x, h, norm, eps, y, residual, r)
-        seen = y if stored == kept else y.copy()
-        if bf16:
+        if begin(stages[0], ONE) != none:
+            slots[:] = kv_cache.write_all_positions(cache_pos, q_pos)
+            counts[0] = attention.few_blocks(attention.few_seen(q_pos, cache_pos, window, seen))
+            embeddings = at_address(ends[0, 0], (V, D), kept)
             for n in range(B):
-                round_row(y[n], seen[n])
-        if places[GATE, 0] != 0:
-            gating.few_logits(seen, at_address(places[GATE, 0], (E, D), kept), router)
-            gating.choose_all(router, allowed, active, forced, renormalise, ids, weights)
-        pairs, offsets, place = experts.dispatch(ids, E)
-        experts.few(y, chosen[i], everyone, stored, gelu, narrow, pairs, offsets, k, gate_in, up, hidden, ys)
-        experts.combine(ys, place, weights, x, none)
-        if places[POST2, 0] != 0:
-            norm = at_address(places[POST2, 0], (D,), kept)
-            rmsnorm.norm_rows(x, x[:0], norm, eps, x, x, r)
+                embedding.copy_row(tokens, embeddings, n, x)
+            if task.embedding_multiplier != 1:
+                x *= f32(task.embedding_multiplier)
+            residual[:] = 0
+            weights[:], ids[:] = 1, 0  # of a dense model, which has no gate
+            go_on(stages[0], ONE)
+        blocks = counts[0]
+        queries, tops = (
+            at_address(task.queries, (B, K, H // K, C), f32),
+            at_address(task.tops, (B, blocks, K, H // K), f32),
+        )
+        scores = at_address(task.scores, (B, blocks, K, H // K, attention.KEYS), f32)
+        totals = at_address(task.totals, (B, blocks, K, H // K), f32)
+        sums = at_address(task.sums, (B, blocks, K, H // K, C), f32)
+        for i in range(L):
+            row, stage = table[i], stages[1 + STAGES * i : 1 + STAGES * (i + 1)]
+            if begin(stage[0], ONE) != none:
+                norm = at_address(row[NORM1, 0], (D,), kept)
+                for n in range(B):
+                    rmsnorm.norm_row(x, residual, norm, eps, n, y, h, r)
+                    if narrow:
+                        round_row(y[n], y[n])
+                go_on(stage[0], ONE)
 
-    norm = at_address(ends[1, 0], (D,), kept)
-    rmsnorm.norm_rows(x, residual, norm, eps, y, h, r)
-    one[0] = ends[2, 0], ends[2, 1], V
-    linear.few(y, one, head, narrow_head, logits.reshape(-1))
-    if output_multiplier != 1:
-        logits *= f32(output_multiplier)
+            for j in range(3):
+                projections[j] = row[WQ + j, 0], row[WQ + j, 1], (H if j == 0 else K) * C
+            linear.few_stage(y, projections, stored, threads, stage[1], qkv)
+
+            k_cache = at_address(row[KEYS, 0], (B, R, K, C), kept)
+            v_cache = at_address(row[VALUES, 0], (B, R, K, C), kept)
+            if begin(stage[2], ONE) != none:
+                rope.rotate_into_cache(new_q, new_k, new_v, cos, sin, k_cache, v_cache, slots, rotated)
+                attention.few_queries(q, bf16, queries)
+                go_on(stage[2], ONE)
+            attention.few_stages(
+                queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, bf16, seen, stage[3:], scores, tops,
+                totals, sums, lse,
+            )  # fmt: skip
+            if begin(stage[6], ONE) != none:
+                attention.few_out(sums, context)
+                if narrow:
+                    round_row(context.reshape(-1), context.reshape(-1))
+                go_on(stage[6], ONE)
+            one[0] = row[WO, 0], row[WO, 1], D
+            linear.few_stage(context.reshape(B, H * C), one, stored, threads, stage[7], x.reshape(-1))
+
+            if begin(stage[8], ONE) != none:
+                norm, post = at_address(row[NORM2, 0], (D,), kept), at_address(row[POST1, 0], (D,), kept)
+                for n in range(B):
+                    if row[POST1, 0] != 0:
+                        rmsnorm.norm_row(x, x[:0], post, eps, n, x, x, r)
+                    rmsnorm.norm_row(x, h, norm, eps, n, y, residual, r)
+                    if bf16:
+                        round_row(y[n], normed[n])
+                    if narrow:
+                        round_row(y[n], y[n])
+                if row[GATE, 0] != 0:
+                    gate = at_address(row[GATE, 0], (E, D), kept)
+                    gating.few_logits(normed if bf16 else y, gate, router)
+                    for n in range(B):
+                        gating.choose(router[n], allowed, True, False, renormalise, ids[n], weights[n])
+                experts.dispatch_into(ids, pairs, offsets, place)
+                counts[1] = experts.few_segments(y, everyone, pairs, offsets, k, xs, segments)
+                go_on(stage[8], ONE)
+
+            experts.few_stages(
+                xs, chosen[i], stored, gelu, narrow, segments[: counts[1]], threads, stage[9:], gate_in, up, hidden, ys
+            )
+            if begin(stage[11], ONE) != none:
+                post = at_address(row[POST2, 0], (D,), kept)
+                for n in range(B):
+                    experts.combine_token(ys, place, weights, x, unkept, n)
+                    if row[POST2, 0] != 0:
+                        rmsnorm.norm_row(x, x[:0], post, eps, n, x, x, r)
+                go_on(stage[11], ONE)
+
+        if begin(stages[-2], ONE) != none:
+            norm = at_address(ends[1, 0], (D,), kept)
+            for n in range(B):
+                rmsnorm.norm_row(x, residual, norm, eps, n, y, h, r)
+                if narrow_head:
+                    round_row(y[n], y[n])
+            go_on(stages[-2], ONE)
+        one[0] = ends[2, 0], ends[2, 1], V
+        linear.few_stage(y, one, head, threads, stages[-1], logits)
+
+    return step

@@ -136,24 +136,3 @@ def _ask_for(typingctx, place):
         return context.get_dummy_value()
 
     return types.void(types.intp), codegen
-
-
-@intrinsic
-def _add_one(typingctx, place):
-    """Add 1 to the int64 at an address and return what it was."""
-
-    def codegen(context, builder, signature, args):
-        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(types.intp), codegen
-
-
-@jit()
-def take(counter):
-    """Add 1 to counter[0], an int64, and return what it was: threads that do so at once get different numbers.
-
-    So a thread takes the next piece of work when it is done with one. Shared out in advance, all would wait for the
-    thread whose core is slower, or busy with something else.
-    """
-    return _add_one(counter.ctypes.data)

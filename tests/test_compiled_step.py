@@ -64,13 +64,39 @@ def draws(seed, draw=draw_any_config):
     return config, params, rng.integers(0, config.vocab_size, (B, T))
 
 
+@pytest.fixture
+def all_threads(monkeypatch):
+    """A model so small would have one thread only."""
+    monkeypatch.setattr(compiled_step, "FEW_PRODUCTS", 1)
+
+
+@pytest.mark.parametrize("threads", ["one", "all"])
 @pytest.mark.parametrize("seed", range(30))
-def test_float32_is_what_the_ops_give_one_by_one(seed, ops):
+def test_float32_is_what_the_ops_give_one_by_one(seed, threads, request, ops):
+    if threads == "all":
+        request.getfixturevalue("all_threads")
     (logits, held), (expected, expected_held) = both(ops, *draws(seed))
     assert relative_error(logits, expected) <= 1e-5
     np.testing.assert_array_equal(held[0], expected_held[0])  # positions
     for cache, wanted in zip(held[1:], expected_held[1:], strict=True):
         assert relative_error(cache, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_the_number_of_threads_makes_no_difference(kind, monkeypatch, ops):
+    for seed in range(10):
+        config, params, tokens = draws(seed)
+        if kind != "float32":
+            params = map_leaves(params, lambda w: w.astype(BFLOAT16))
+        params = quantized(params) if kind == "int8" else params
+        found = []
+        for few in (1 << 62, 1):
+            monkeypatch.setattr(compiled_step, "FEW_PRODUCTS", few)
+            cache = after(ops, config, params, tokens)
+            logits, held = follow(compiled_step.prepared(ops, config, params, cache), cache, tokens)
+            found.append([logits, *held])
+        for alone, together in zip(*found, strict=True):
+            np.testing.assert_array_equal(alone, together)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
@@ -172,7 +198,7 @@ def test_an_interrupted_step_leaves_the_cache_as_it_was(ops, monkeypatch):
     config, params, tokens = draws(6)
     cache = after(ops, config, params, tokens)
     step, before = compiled_step.prepared(ops, config, params, cache), cache.positions.copy()
-    whole = compiled_step._step
+    whole = compiled_step._run
 
     def interrupted(*given):
         whole(*given)
@@ -180,7 +206,7 @@ def test_an_interrupted_step_leaves_the_cache_as_it_was(ops, monkeypatch):
 
     now = tokens[:, -STEPS : tokens.shape[1] - STEPS + 1].copy(), cache.lengths[:, None].copy()
     with monkeypatch.context() as patch:
-        patch.setattr(compiled_step, "_step", interrupted)
+        patch.setattr(compiled_step, "_run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(*now)
     np.testing.assert_array_equal(cache.positions, before)

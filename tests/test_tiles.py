@@ -1,11 +1,9 @@
-"""Products whose sums stay in registers, against NumPy's; and work that threads take one piece of at a time."""
+"""Products whose sums stay in registers, against NumPy's."""
 
-import numba
 import numpy as np
 import pytest
 
-from minimoe.loops import jit
-from minimoe.tiles import FEWER, LINE, ROWS, multiply, take
+from minimoe.tiles import FEWER, LINE, ROWS, multiply
 
 HEIGHTS = [0, 1, FEWER, FEWER + 1, ROWS - 1, ROWS, ROWS + 1, ROWS + FEWER + 1, 3 * ROWS + 2]
 
@@ -63,21 +61,3 @@ def test_what_is_not_a_number_stays_in_its_own_sums():
     expected = np.full((ROWS + 1, 32), 4, np.float32)
     expected[:, 20], expected[:, 7], expected[2] = np.inf, -np.inf, np.nan
     np.testing.assert_array_equal(out, expected)
-
-
-@jit(parallel=True)
-def _take_all(threads, pieces, counter, taken):
-    for thread in numba.prange(threads):
-        piece = take(counter)
-        while piece < pieces:
-            taken[thread, piece] += 1
-            piece = take(counter)
-
-
-def test_every_piece_is_taken_once():
-    pieces = 1_000_000  # so many that threads are at it at the same time
-    for threads in (1, 2, 7):
-        counter, taken = np.zeros(1, np.int64), np.zeros((threads, pieces), np.uint8)
-        _take_all(threads, pieces, counter, taken)
-        assert (taken.sum(0) == 1).all()
-        assert counter[0] == pieces + threads

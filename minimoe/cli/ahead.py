@@ -1,7 +1,8 @@
 """Compile the loops of the CPU before they are needed, by two processes at once: in one, Numba compiles one at a time.
 
-This process compiles what reads a prompt; another, this file run as a program, compiles a step of decoding, which is
-about as much. What the second has compiled reaches the first through the cache on the disk.
+This process compiles what reads a long prompt; another, this file run as a program, compiles a step of decoding and the
+experts of few tokens, which is about as much. What the second has compiled reaches the first through the cache on the
+disk.
 """
 
 from __future__ import annotations
@@ -51,23 +52,22 @@ def _start(kind: str) -> subprocess.Popen[bytes] | None:
 
 
 def _read_a_prompt(kind: str) -> None:
-    """Compile what reads a prompt, and before it the experts of few tokens: a step of decoding comes to them last."""
-    model = load("tiny", backend="numba", dtype=kind)
-    experts, k = model.params.layers[0].feed_forward, model.config.num_experts_per_token
-    x = np.zeros((1, model.config.hidden_size), "float64" if kind == "float64" else "float32")
-    ids, weights = np.arange(k)[None], np.ones((1, k), x.dtype)
-    model.ops.experts.forward(x, experts.w1, experts.w2, experts.w3, ids, weights)
-    model.generate_ids(np.zeros((2, 32), np.int64), max_new_tokens=1)
+    """Compile what reads a prompt of many tokens."""
+    load("tiny", backend="numba", dtype=kind).generate_ids(np.zeros((2, 32), np.int64), max_new_tokens=1)
 
 
 def _decode_a_step(kind: str) -> None:
-    """Compile a step of decoding, without reading a prompt."""
+    """Compile a step of decoding, without reading a prompt; then, from the same loops, the experts of a short one."""
     from minimoe import compiled_step
 
     model = load("tiny", backend="numba", dtype=kind)
     step = compiled_step.prepared(model.ops, model.config, model.params, model.new_cache())
     if step is not None:  # float64 is done op by op
         step(np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
+    experts, k = model.params.layers[0].feed_forward, model.config.num_experts_per_token
+    x = np.zeros((1, model.config.hidden_size), "float64" if kind == "float64" else "float32")
+    ids, weights = np.arange(k)[None], np.ones((1, k), x.dtype)
+    model.ops.experts.forward(x, experts.w1, experts.w2, experts.w3, ids, weights)
 
 
 if __name__ == "__main__":

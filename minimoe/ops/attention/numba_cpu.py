@@ -12,7 +12,7 @@ backward too, are products of tiles (see `tiles`). A block holds the scores of i
 grows with S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so
 causal attention costs half.
 
-One token (decode) would leave most lanes empty: `forward_few` takes dot products along c instead, reads the cache as it
+One token (decode) would leave most lanes empty: `few` takes dot products along c instead, reads the cache as it
 lies, for all heads at once, and deals blocks of keys to threads.
 """
 
@@ -23,14 +23,15 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, exp, jit, rounded, storage, tanh, widen
+from minimoe.loops import FAST, FEW_PRODUCTS, exp, jit, rounded, storage, tanh, widen
 from minimoe.shapes import Array
+from minimoe.stages import NONE, ONE, begin, go_on, new_stages
 from minimoe.tiles import multiply
 
 LANES = 64  # queries per block: four lines in float32
 FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
 KEYS = 128  # of a block where queries are few; read as four streams, a multiple of 4
-FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
+FEW_STAGES = 3
 UNBOUNDED = 1 << 62  # a window that sees everything
 UNCAPPED = 0.0
 FMA = FAST - {"reassoc"}  # elementwise loops need no other order of additions
@@ -50,8 +51,10 @@ def forward(
     q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
     window, scale, cap = scalars(C, window, scale, cap)
     out, lse = np.empty(q.shape, q.dtype), np.empty((B, T, H), q.dtype)
-    run = forward_few if T * (H // K) <= FEW_QUERIES else _forward
-    run(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse)
+    if T * (H // K) <= FEW_QUERIES:
+        few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, numba.get_num_threads(), out, lse)
+    else:
+        _forward(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse)
     return out, lse
 
 
@@ -318,43 +321,75 @@ def _padded(C):
 
 
 @jit(parallel=True)
-def forward_few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
+def few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, threads, out, lse):
     """Few queries: the keys that are seen are cut into blocks of KEYS, which are dealt to threads.
 
     A block is read for all heads at once, in the order in which its keys lie: head by head the reads would jump, and
     what is not in the processor's own cache would take three times as long. Blocks do not depend on the number of
     threads, and their sums are added in order, so the bits do not either.
     """
-    (B, T, H, C), K, most = q.shape, k.shape[2], 0
-    G, queries = H // K, np.empty((B, K, T * H // K, C), q.dtype)
+    (B, T, H, C), K = q.shape, k.shape[2]
     seen = np.empty((B, 2), np.int64)
-    for b in range(B):
+    most = few_seen(q_pos, k_pos, window, seen)
+    group, blocks = T * H // K, few_blocks(most)
+    queries, scores = np.empty((B, K, group, C), q.dtype), np.empty((B, blocks, K, group, KEYS), q.dtype)
+    tops, totals = np.empty((B, blocks, K, group), q.dtype), np.empty((B, blocks, K, group), q.dtype)
+    sums = np.empty((B, blocks, K, group, C), q.dtype)
+    few_queries(q, bf16, queries)
+    stages = new_stages(FEW_STAGES)
+    if B * H * most * C < FEW_PRODUCTS:
+        few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, stages, scores, tops, totals, sums, lse)
+    else:
+        for _ in numba.prange(threads):
+            few_stages(
+                queries, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, stages, scores, tops, totals, sums, lse
+            )
+    few_out(sums, out)
+
+
+@jit()
+def few_seen(q_pos, k_pos, window, seen):
+    """Fill `seen` (B, 2) with the range of keys that each sequence sees; return the largest number of them."""
+    most = 0
+    for b in range(len(seen)):
         seen[b, 0], seen[b, 1] = _seen(q_pos[b], k_pos[b], window)
         most = max(most, seen[b, 1] - seen[b, 0])
+    return most
+
+
+@jit()
+def few_blocks(most):
+    """Into how many blocks the keys of a sequence are cut, of which `most` are seen."""
+    return max(1, (most + KEYS - 1) // KEYS)
+
+
+@jit()
+def few_queries(q, bf16, queries):
+    """q (B, T, H, C) by key/value head: (B, K, T·G, C), rounded where keys are stored in bfloat16."""
+    (B, T, H, C), K = q.shape, queries.shape[1]
+    G = H // K
+    for b in range(B):
         for t in range(T):
             for h in range(H):
                 for c in range(C):
                     queries[b, h // G, t * G + h % G, c] = rounded(q[b, t, h, c]) if bf16 else q[b, t, h, c]
-    blocks = max(1, (most + KEYS - 1) // KEYS)
-    scores = np.empty((B, blocks, K, T * G, KEYS), q.dtype)
-    tops, totals = np.empty((B, blocks, K, T * G), q.dtype), np.empty((B, blocks, K, T * G), q.dtype)
-    sums = np.empty((B, blocks, K, T * G, C), q.dtype)
-    serial = B * H * most * C < FEW_PRODUCTS
-    if serial:
-        for i in range(B * blocks):
-            _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, i, scores, tops, totals)
-    else:
-        for item in numba.prange(B * blocks):
-            at = np.int64(item)  # prange counts unsigned: that would be compiled anew
-            _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, at, scores, tops, totals)
-    _few_softmax(tops, totals, lse)
-    if serial:
-        for i in range(B * blocks):
-            _few_sums(v, scores, totals, bf16, seen, i, sums)
-    else:
-        for item in numba.prange(B * blocks):
-            _few_sums(v, scores, totals, bf16, seen, np.int64(item), sums)
-    _few_out(sums, out)
+
+
+@jit()
+def few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, stages, scores, tops, totals, sums, lse):
+    """What each thread does, in FEW_STAGES stages."""
+    blocks = scores.shape[0] * scores.shape[1]
+    item = begin(stages[0], blocks)
+    while item != NONE:
+        _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, scores, tops, totals)
+        item = go_on(stages[0], blocks)
+    if begin(stages[1], ONE) != NONE:
+        _few_softmax(tops, totals, lse)
+        go_on(stages[1], ONE)
+    item = begin(stages[2], blocks)
+    while item != NONE:
+        _few_sums(v, scores, totals, bf16, seen, item, sums)
+        item = go_on(stages[2], blocks)
 
 
 @jit(fastmath=FAST)
@@ -479,7 +514,7 @@ def _few_sums(v, scores, factors, bf16, seen, item, sums):
 
 
 @jit()
-def _few_out(sums, out):
+def few_out(sums, out):
     """Add up the blocks, in order."""
     B, blocks, K, group, C = sums.shape
     G = out.shape[2] // K

@@ -39,14 +39,14 @@ def gather(tokens, table, x):
     N, D = x.shape
     if N * D < SMALL:
         for n in range(N):
-            _copy_row(tokens, table, n, x)
+            copy_row(tokens, table, n, x)
     else:
         for n in prange(N):
-            _copy_row(tokens, table, np.int64(n), x)  # prange counts unsigned: that would be compiled anew
+            copy_row(tokens, table, np.int64(n), x)  # prange counts unsigned: that would be compiled anew
 
 
 @jit()
-def _copy_row(tokens, table, n, x):
+def copy_row(tokens, table, n, x):
     row = tokens[n]
     for d in range(x.shape[1]):
         x[n, d] = widen(table[row, d])

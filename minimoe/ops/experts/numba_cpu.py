@@ -25,18 +25,30 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, address, at_address, dots, jit, rounded, sigmoid, storage, widen
+from minimoe.loops import (
+    FAST,
+    FEW_PRODUCTS,
+    address,
+    at_address,
+    dots,
+    jit,
+    part_of,
+    quads,
+    rounded,
+    sigmoid,
+    storage,
+    widen,
+)  # fmt: skip
 from minimoe.ops.experts import Saved, check_activation
 from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
-from minimoe.tiles import LINE, multiply_ahead, take
+from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for
+from minimoe.tiles import LINE, multiply_ahead
 from minimoe.tiles import ROWS as TILE_ROWS
 
 FEW_ROWS = 24  # tokens of each expert up to which reading its weights once, row by row, is faster than tiles or BLAS
-FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
-ROWS = 64  # of a block, the work that is dealt to threads
 # Blocks of many tokens: rows of a weight, of which a stretch is widened at a time, and a part of that multiplied with
 # so many panels of tokens. What is read again stays in a core's own cache.
 CHUNK, STRETCH, DEPTH, PANELS = 48, 1024, 256, 12
@@ -157,7 +169,8 @@ def _forward_few(
     ys = np.empty((M, D), x.dtype)
     if views:
         held, table, dtype = _table(views)
-        few(x, table, chosen, dtype, gelu, is_bfloat16(views[0]), pairs, offsets, k, gate_in, up, hidden, ys)
+        bf16, threads = is_bfloat16(views[0]), numba.get_num_threads()
+        few(x, table, chosen, dtype, gelu, bf16, pairs, offsets, k, threads, gate_in, up, hidden, ys)
         del held
     return gate_in, up, ys
 
@@ -170,56 +183,72 @@ def _table(views: list[Array]) -> tuple[list[Any], Int[Array, "2 3 C"], Any]:
 
 
 @jit(parallel=True)
-def few(x, table, listed, dtype, gelu, bf16, pairs, offsets, k, gate_in, up, hidden, ys):
-    """A work item is a block of ROWS rows.
-
-    `table` (2, 3, listed): where w1, w2 and w3 of each expert of the list lie, and the scales of their rows (0 = none).
-    """
+def few(x, table, listed, dtype, gelu, bf16, pairs, offsets, k, threads, gate_in, up, hidden, ys):
+    """`table` (2, 3, listed): where w1, w2 and w3 of each expert of the list lie, and the scales of their rows."""
     (M, F), D = gate_in.shape, x.shape[1]
-    xs = np.empty((M, D), x.dtype)
+    xs, segments = np.empty((M, D), x.dtype), np.empty((len(listed), 3), np.int64)
+    segments = segments[: few_segments(x, listed, pairs, offsets, k, xs, segments)]
+    if 3 * M * F * D < FEW_PRODUCTS:
+        piece, pieces = np.int64(0), np.int64(1)  # a literal would be a type of its own
+        _hidden_rows(xs, table, dtype, gelu, bf16, segments, piece, pieces, gate_in, up, hidden)
+        _output_rows(table, dtype, segments, piece, pieces, hidden, ys)
+    else:
+        stages = new_stages(2)
+        for _ in numba.prange(threads):
+            few_stages(xs, table, dtype, gelu, bf16, segments, threads, stages, gate_in, up, hidden, ys)
+
+
+@jit()
+def few_segments(x, listed, pairs, offsets, k, xs, segments):
+    """Gather the pairs' tokens, list the experts that have any (place in the list, first row, end), count these."""
     for row in range(len(pairs)):
         xs[row] = x[pairs[row] // k]
-    segments = np.empty((len(listed), 3), np.int64)  # place in the list, first row, end: of experts that have tokens
     chosen = 0
     for i in range(len(listed)):
         start, stop = offsets[listed[i]], offsets[listed[i] + 1]
         if stop > start:
             segments[chosen, 0], segments[chosen, 1], segments[chosen, 2] = i, start, stop
             chosen += 1
-    ups, downs = (F + ROWS - 1) // ROWS, (D + ROWS - 1) // ROWS
-    if 3 * M * F * D < FEW_PRODUCTS:
-        for i in range(chosen * ups):
-            _hidden_rows(xs, table, dtype, gelu, bf16, segments[i // ups], ROWS * (i % ups), gate_in, up, hidden)
-        for i in range(chosen * downs):
-            _output_rows(table, dtype, segments[i // downs], ROWS * (i % downs), hidden, ys)
-    else:
-        for item in numba.prange(chosen * ups):
-            block = np.int64(item)  # prange counts unsigned
-            start = ROWS * (block % ups)
-            _hidden_rows(xs, table, dtype, gelu, bf16, segments[block // ups], start, gate_in, up, hidden)
-        for item in numba.prange(chosen * downs):
-            block = np.int64(item)
-            _output_rows(table, dtype, segments[block // downs], ROWS * (block % downs), hidden, ys)
+    return chosen
 
 
 @jit()
-def _hidden_rows(xs, table, dtype, gelu, bf16, segment, start, gate_in, up, hidden):
-    """ROWS rows from `start` of w1, then of w3, of one expert, for all its tokens."""
-    F, D, i, first, last = gate_in.shape[1], xs.shape[1], segment[0], segment[1], segment[2]
-    w1, w3 = at_address(table[0, 0, i], (F, D), dtype), at_address(table[0, 2, i], (F, D), dtype)
-    stop = min(start + ROWS, F)
-    dots(xs[first:last], w1, table[1, 0, i], start, stop, gate_in[first:last])
-    dots(xs[first:last], w3, table[1, 2, i], start, stop, up[first:last])
-    for row in range(first, last):
-        _activate_row(gate_in[row, start:stop], up[row, start:stop], gelu, bf16, hidden[row, start:stop])
+def few_stages(xs, table, dtype, gelu, bf16, segments, threads, stages, gate_in, up, hidden, ys):
+    """What each thread does, in two stages: pieces of all the experts' rows in one line."""
+    pieces = pieces_for(threads)
+    piece = begin(stages[0], pieces)
+    while piece != NONE:
+        _hidden_rows(xs, table, dtype, gelu, bf16, segments, piece, pieces, gate_in, up, hidden)
+        piece = go_on(stages[0], pieces)
+    piece = begin(stages[1], pieces)
+    while piece != NONE:
+        _output_rows(table, dtype, segments, piece, pieces, hidden, ys)
+        piece = go_on(stages[1], pieces)
 
 
 @jit()
-def _output_rows(table, dtype, segment, start, hidden, ys):
-    """ROWS rows from `start` of w2 of one expert, for all its tokens."""
-    F, D, i, first, last = hidden.shape[1], ys.shape[1], segment[0], segment[1], segment[2]
-    w2 = at_address(table[0, 1, i], (D, F), dtype)
-    dots(hidden[first:last], w2, table[1, 1, i], start, min(start + ROWS, D), ys[first:last])
+def _hidden_rows(xs, table, dtype, gelu, bf16, segments, piece, pieces, gate_in, up, hidden):
+    """A piece of the rows of w1, and the same of w3, for all tokens of their experts."""
+    F, D = gate_in.shape[1], xs.shape[1]
+    for n in range(len(segments)):
+        i, first, last = segments[n]
+        start, stop = part_of(F, quads(F) * n, quads(F) * len(segments), piece, pieces)
+        w1, w3 = at_address(table[0, 0, i], (F, D), dtype), at_address(table[0, 2, i], (F, D), dtype)
+        dots(xs[first:last], w1, table[1, 0, i], start, stop, gate_in[first:last])
+        dots(xs[first:last], w3, table[1, 2, i], start, stop, up[first:last])
+        for row in range(first, last):
+            _activate_row(gate_in[row, start:stop], up[row, start:stop], gelu, bf16, hidden[row, start:stop])
+
+
+@jit()
+def _output_rows(table, dtype, segments, piece, pieces, hidden, ys):
+    """A piece of the rows of w2, for all tokens of their experts."""
+    F, D = hidden.shape[1], ys.shape[1]
+    for n in range(len(segments)):
+        i, first, last = segments[n]
+        start, stop = part_of(D, quads(D) * n, quads(D) * len(segments), piece, pieces)
+        w2 = at_address(table[0, 1, i], (D, F), dtype)
+        dots(hidden[first:last], w2, table[1, 1, i], start, stop, ys[first:last])
 
 
 def _forward_many(
@@ -237,57 +266,55 @@ def _forward_many(
     for i, (start, stop) in enumerate(ends.tolist()):
         panels += [(i, row, min(row + lanes, stop)) for row in range(start, stop, lanes)]
     ys = np.empty((len(pairs), x.shape[1]), x.dtype)
-    many(
-        x,
-        table,
-        np.array(panels, np.int64),
-        dtype,
-        gelu,
-        is_bfloat16(views[0]),
-        F,
-        pairs,
-        k,
-        numba.get_num_threads(),
-        ys,
-    )
+    bf16, threads = is_bfloat16(views[0]), numba.get_num_threads()
+    many(x, table, np.array(panels, np.int64), dtype, gelu, bf16, F, pairs, k, threads, ys)
     del held
     return ys
 
 
 @jit(parallel=True)
 def many(x, table, panels, dtype, gelu, bf16, F, pairs, k, threads, ys):
-    """A panel is up to a line of tokens of one expert, side by side: `panels` (P, 3), place in the list and rows.
-
-    xs (P, D, lanes) -> hidden (P, F, lanes) -> results (P, D, lanes), by blocks of CHUNK rows of one weight for all
-    panels of its expert. A thread takes the next block when it is done with one.
-    """
+    """A panel is up to a line of tokens of one expert, side by side: `panels` (P, 3), place in the list and rows."""
     P, D, lanes = len(panels), x.shape[1], LINE // x.itemsize
-    listed = panels[-1, 0] + 1
-    first = np.zeros(listed + 1, np.int64)  # panel of each expert
+    first = np.empty(panels[-1, 0] + 2, np.int64)  # panel of each expert
+    first[0] = 0
     for panel in range(P):
         first[panels[panel, 0] + 1] = panel + 1
     xs, hidden = np.empty((P, D, lanes), x.dtype), np.empty((P, F, lanes), x.dtype)
-    for panel in numba.prange(P):
-        _load_panel(x, pairs, k, panels[panel], xs[panel])
-    counters = np.zeros((2, 1), np.int64)
+    stages = new_stages(4)
     for _ in numba.prange(threads):
-        _hidden_blocks(table, first, F, gelu, bf16, dtype, threads, counters[0], xs, hidden)
-    results = xs  # which are read no more
-    for _ in numba.prange(threads):
-        _output_blocks(table, first, dtype, threads, counters[1], hidden, results)
-    for panel in numba.prange(P):
-        _store_panel(results[panel], panels[panel], ys)
+        _many_stages(x, table, panels, first, dtype, gelu, bf16, F, pairs, k, threads, stages, xs, hidden, ys)
 
 
 @jit()
-def _hidden_blocks(table, first, F, gelu, bf16, dtype, threads, counter, xs, hidden):
-    """Blocks of CHUNK rows of w1, and the same of w3, until there are none."""
+def _many_stages(x, table, panels, first, dtype, gelu, bf16, F, pairs, k, threads, stages, xs, hidden, ys):
+    """What each thread does: xs (P, D, lanes) -> hidden (P, F, lanes) -> results (P, D, lanes).
+
+    A piece of the products is a block of CHUNK rows of one weight, for all panels of its expert.
+    """
+    panel = begin(stages[0], len(panels))
+    while panel != NONE:
+        _load_panel(x, pairs, k, panels[panel], xs[panel])
+        panel = go_on(stages[0], len(panels))
+    _hidden_blocks(table, first, F, gelu, bf16, dtype, threads, stages[1], xs, hidden)
+    results = xs  # which are read no more
+    _output_blocks(table, first, dtype, threads, stages[2], hidden, results)
+    panel = begin(stages[3], len(panels))
+    while panel != NONE:
+        _store_panel(results[panel], panels[panel], ys)
+        panel = go_on(stages[3], len(panels))
+
+
+@jit()
+def _hidden_blocks(table, first, F, gelu, bf16, dtype, threads, stage, xs, hidden):
+    """Blocks of rows of w1, and the same of w3: some rows of one expert, then of the next."""
     listed, lanes = len(first) - 1, xs.shape[2]
+    blocks = listed * ((F + CHUNK - 1) // CHUNK)
     most = np.max(first[1:] - first[:-1])
     gate_in, up = np.empty((most, CHUNK, lanes), xs.dtype), np.empty((most, CHUNK, lanes), xs.dtype)
-    block = take(counter)
-    while CHUNK * (block // listed) < F:
-        i, start = block % listed, CHUNK * (block // listed)  # some rows of one expert, then of the next
+    block = begin(stage, blocks)
+    while block != NONE:
+        i, start = block % listed, CHUNK * (block // listed)
         stop, mine = min(start + CHUNK, F), xs[first[i] : first[i + 1]]
         following = block + threads  # probably; only a guess at what is to be asked for
         row = np.int64(CHUNK * (following // listed))
@@ -298,22 +325,23 @@ def _hidden_blocks(table, first, F, gelu, bf16, dtype, threads, counter, xs, hid
         for panel in range(len(mine)):
             g, u = gate_in[panel, : stop - start].reshape(-1), up[panel, : stop - start].reshape(-1)
             _activate_row(g, u, gelu, bf16, hidden[first[i] + panel, start:stop].reshape(-1))
-        block = take(counter)
+        block = go_on(stage, blocks)
 
 
 @jit()
-def _output_blocks(table, first, dtype, threads, counter, hidden, results):
-    """Blocks of CHUNK rows of w2, until there are none."""
+def _output_blocks(table, first, dtype, threads, stage, hidden, results):
+    """Blocks of rows of w2."""
     listed, D = len(first) - 1, results.shape[1]
-    block = take(counter)
-    while CHUNK * (block // listed) < D:
+    blocks = listed * ((D + CHUNK - 1) // CHUNK)
+    block = begin(stage, blocks)
+    while block != NONE:
         i, start = block % listed, CHUNK * (block // listed)
         following = block + threads
         stop, mine = min(start + CHUNK, D), slice(first[i], first[i + 1])
         row = np.int64(CHUNK * (following // listed))
         after = _row_at(table[0, 1, following % listed], row if row < D else 0, hidden.shape[1], dtype)
         _product(table[0, 1, i], table[1, 1, i], D, start, stop, hidden[mine], dtype, after, results[mine, start:stop])
-        block = take(counter)
+        block = go_on(stage, blocks)
 
 
 @jit()
@@ -335,23 +363,23 @@ def _product(place, scale, rows, start, stop, xs, dtype, after, out):
     groups = (P + PANELS - 1) // PANELS  # of about equal size
     for group in range(groups):
         first, end = group * P // groups, (group + 1) * P // groups
-        for begin in range(0, width, STRETCH):
-            length = min(STRETCH, width - begin)
+        for k in range(0, width, STRETCH):
+            length = min(STRETCH, width - k)
             for row in range(start, stop):
-                source, target = w[row, begin : begin + length], wide[row - start]
+                source, target = w[row, k : k + length], wide[row - start]
                 for i in range(length):
                     target[i] = widen(source[i])
-            ahead = place + start * row_bytes + (begin + STRETCH) * w.itemsize  # the next stretch
-            if begin + STRETCH >= width:
+            ahead = place + start * row_bytes + (k + STRETCH) * w.itemsize  # the next stretch
+            if k + STRETCH >= width:
                 ahead = after if group == groups - 1 else place + start * row_bytes
             for i in range(0, length, DEPTH):
                 left = wide[: stop - start, i : min(i + DEPTH, length)]
                 for panel in range(first, end):
-                    right = xs[panel, begin + i : begin + i + left.shape[1]]
+                    right = xs[panel, k + i : k + i + left.shape[1]]
                     asked = (panel - first) * tiles  # each large tile asks for a part of one row, from this one on
                     lines = DEPTH * w.itemsize // LINE if asked < stop - start else 0
                     where = ahead + asked * row_bytes + i * w.itemsize
-                    multiply_ahead(left, right, out[panel, : stop - start], begin + i == 0, where, row_bytes, lines)
+                    multiply_ahead(left, right, out[panel, : stop - start], k + i == 0, where, row_bytes, lines)
     if scale != 0:
         factors = at_address(scale, (rows,), np.float32)
         for panel in range(P):
@@ -383,8 +411,17 @@ def _store_panel(results, panel, ys):
 @jit()
 def dispatch(ids, E):
     """Counting sort: the pairs n·k + slot by expert, the bounds of the segments, and each pair's row (-1 = none)."""
-    N, k = ids.shape
-    offsets = np.zeros(E + 1, np.int64)
+    offsets, place = np.empty(E + 1, np.int64), np.empty(ids.shape, np.int64)
+    pairs = np.empty(ids.size, np.int64)
+    dispatch_into(ids, pairs, offsets, place)
+    return pairs[: offsets[E]], offsets, place
+
+
+@jit()
+def dispatch_into(ids, pairs, offsets, place):
+    """`dispatch` into arrays; `pairs` has room for all, and is filled as far as tokens are routed."""
+    (N, k), E = ids.shape, len(offsets) - 1
+    offsets[:] = 0
     for n in range(N):
         for slot in range(k):
             if ids[n, slot] >= 0:
@@ -392,8 +429,6 @@ def dispatch(ids, E):
     for e in range(E):
         offsets[e + 1] += offsets[e]
     free = offsets[:-1].copy()  # the next free row of every expert
-    pairs = np.empty(offsets[E], np.int64)
-    place = np.empty((N, k), np.int64)
     for n in range(N):
         for slot in range(k):
             e = ids[n, slot]
@@ -402,7 +437,6 @@ def dispatch(ids, E):
                 place[n, slot] = free[e]
                 pairs[free[e]] = n * k + slot
                 free[e] += 1
-    return pairs, offsets, place
 
 
 @jit()
@@ -479,14 +513,14 @@ def combine(ys, place, weights, out, slots):
     """Weighted sum over k in slot order; keeps the slots too where there is room for them."""
     if ys.size < SMALL:
         for n in range(len(place)):
-            _combine_token(ys, place, weights, out, slots, n)
+            combine_token(ys, place, weights, out, slots, n)
     else:
         for n in numba.prange(len(place)):
-            _combine_token(ys, place, weights, out, slots, np.int64(n))
+            combine_token(ys, place, weights, out, slots, np.int64(n))
 
 
 @jit()
-def _combine_token(ys, place, weights, out, slots, n):
+def combine_token(ys, place, weights, out, slots, n):
     total = out[n]
     for d in range(len(total)):
         total[d] = 0

@@ -75,14 +75,14 @@ def choose_all(logits, allowed, active, forced, renormalise, ids, weights):
     N = len(logits)
     if N < MANY_TOKENS:
         for n in range(N):
-            _choose(logits[n], allowed, active[n], forced, renormalise, ids[n], weights[n])
+            choose(logits[n], allowed, active[n], forced, renormalise, ids[n], weights[n])
     else:
         for n in numba.prange(N):
-            _choose(logits[n], allowed, active[n], forced, renormalise, ids[n], weights[n])
+            choose(logits[n], allowed, active[n], forced, renormalise, ids[n], weights[n])
 
 
 @jit()
-def _choose(logits, allowed, active, forced, renormalise, ids, weights):
+def choose(logits, allowed, active, forced, renormalise, ids, weights):
     """One token: fill `ids` with its top k unless the choice is `forced`, then `weights` with their softmax.
 
     Not renormalised, it is that over all logits.

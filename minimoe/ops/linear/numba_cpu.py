@@ -14,14 +14,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import address, at_address, dots, jit, rounded, storage
-from minimoe.products import Product, compute, operand
+from minimoe.loops import FEW_PRODUCTS, address, at_address, dots, jit, part_of, quads, storage
+from minimoe.products import Product, compute, operand, round_row
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
+from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for
 
 FEW_ROWS = 16  # tokens up to which BLAS, which rearranges the weights for itself first, is slower
-FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
-ROWS = 32  # of a block, the work that is dealt to threads
 
 
 def forward(
@@ -60,7 +59,7 @@ def _forward_few(
     held = [parts(w) for w in weights]  # addresses keep nothing alive
     table = np.array([(address(w), address(scale), len(w)) for w, scale in held], np.int64)
     out = np.empty(N * int(table[:, 2].sum()), x.dtype)
-    few(x, table, storage(held[0][0][:0]).dtype, bf16, out)
+    few(x, table, storage(held[0][0][:0]).dtype, bf16, numba.get_num_threads(), out)
     ys, start = [], 0
     for w in weights:
         ys.append(out[start : start + N * len(w)].reshape(N, len(w)))
@@ -69,32 +68,41 @@ def _forward_few(
 
 
 @jit(parallel=True)
-def few(x, table, dtype, bf16, out):
+def few(x, table, dtype, bf16, threads, out):
     if bf16:
         x = x.copy()
         for n in range(x.shape[0]):
-            for i in range(x.shape[1]):
-                x[n, i] = rounded(x[n, i])
-    blocks = 0
-    for i in range(len(table)):
-        blocks += (table[i, 2] + ROWS - 1) // ROWS
-    if ROWS * blocks * x.size < FEW_PRODUCTS:
-        for block in range(blocks):
-            _block(x, table, dtype, out, block)
+            round_row(x[n], x[n])
+    rows = 0
+    for weight in range(len(table)):
+        rows += table[weight, 2]
+    if rows * x.size < FEW_PRODUCTS:
+        _rows(x, table, dtype, out, np.int64(0), np.int64(1))  # a literal would be a type of its own
     else:
-        for block in numba.prange(blocks):
-            _block(x, table, dtype, out, np.int64(block))  # prange counts unsigned
+        stages = new_stages(1)
+        for _ in numba.prange(threads):
+            few_stage(x, table, dtype, threads, stages[0], out)
 
 
 @jit()
-def _block(x, table, dtype, out, block):
-    """Block `block` of ROWS rows, counted through all the weights; their results lie one after the other in `out`."""
-    N, weight, start = x.shape[0], 0, 0
-    while block >= (table[weight, 2] + ROWS - 1) // ROWS:
-        block -= (table[weight, 2] + ROWS - 1) // ROWS
-        start += N * table[weight, 2]
-        weight += 1
-    place, scale, rows = table[weight]
-    w = at_address(place, (rows, x.shape[1]), dtype)
-    y = out[start : start + N * rows].reshape(N, rows)
-    dots(x, w, scale, ROWS * block, min(ROWS * (block + 1), rows), y)
+def few_stage(x, table, dtype, threads, stage, out):
+    """What each thread does: pieces of the rows of all weights in one line."""
+    pieces = pieces_for(threads)
+    piece = begin(stage, pieces)
+    while piece != NONE:
+        _rows(x, table, dtype, out, piece, pieces)
+        piece = go_on(stage, pieces)
+
+
+@jit()
+def _rows(x, table, dtype, out, piece, pieces):
+    """A piece of the rows; results of a weight lie after those of the weight before it."""
+    N, start, before, total = x.shape[0], 0, 0, 0
+    for weight in range(len(table)):
+        total += quads(table[weight, 2])
+    for weight in range(len(table)):
+        place, scale, rows = table[weight]
+        w, y = at_address(place, (rows, x.shape[1]), dtype), out[start : start + N * rows].reshape(N, rows)
+        first, end = part_of(rows, before, total, piece, pieces)
+        dots(x, w, scale, first, end, y)
+        start, before = start + N * rows, before + quads(rows)

@@ -53,10 +53,10 @@ def norm_rows(x, residual, weight, eps, y, h, r):
     N, D = x.shape
     if N * D < SMALL:
         for n in range(N):
-            _norm_row(x, residual, weight, eps, n, y, h, r)
+            norm_row(x, residual, weight, eps, n, y, h, r)
     else:
         for n in prange(N):
-            _norm_row(x, residual, weight, eps, np.int64(n), y, h, r)  # prange counts unsigned: compiled anew
+            norm_row(x, residual, weight, eps, np.int64(n), y, h, r)  # prange counts unsigned: compiled anew
 
 
 @jit()
@@ -66,7 +66,7 @@ def _add_row(x, residual, n, h):
 
 
 @jit(fastmath=FAST)
-def _norm_row(x, residual, weight, eps, n, y, h, r):
+def norm_row(x, residual, weight, eps, n, y, h, r):
     D = h.shape[1]
     if len(residual) > 0:
         _add_row(x, residual, n, h)
