@@ -46,7 +46,8 @@ ROOMS = {
     "linear": linear, "rmsnorm": rmsnorm, "rope": rope,
 }  # fmt: skip
 
-STAGES = 12  # of a layer
+# Stages of a layer; attention and experts have several each.
+NORM, PROJECT, ROTATE, ATTEND, MERGE, OUT, ROUTE, EXPERTS, COMBINE, STAGES = 0, 1, 2, 3, 6, 7, 8, 9, 11, 12
 
 # Columns of a layer's table: where each array begins, and its rows' scales (0 = none).
 NORM1, NORM2, POST1, POST2, GATE, WQ, WK, WV, WO, KEYS, VALUES = range(11)
@@ -97,12 +98,9 @@ def prepared(
         task[name] = value
     task["gelu"], task["renormalise"] = c.activation == "gelu_tanh", c.renormalise
     task["eps"], task["embedding_multiplier"] = c.norm_eps, c.embedding_multiplier
-    products = (
-        B
-        * c.hidden_size
-        * (2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.num_experts_per_token * c.intermediate_size)
-    )
-    most_threads = max(1, products // FEW_PRODUCTS)  # a small layer is done before they have met a dozen times
+    row = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.num_experts_per_token * c.intermediate_size
+    # A layer of few products is done by one thread before several have met a dozen times.
+    most_threads = max(1, B * c.hidden_size * row // FEW_PRODUCTS)
     function, place = _compiled(kept, stored, head).address, address(task)
 
     def step(tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"]) -> Float[Array, "B V"]:
@@ -216,7 +214,10 @@ def _run_together(function, task, threads):
 
 @cache
 def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -> Any:
-    """Compile a step where norms, gate, embeddings and cache are `kept` (uint16 for bfloat16), matrices `stored`."""
+    """Compile a step where norms, gate, embeddings and cache are `kept` (uint16 for bfloat16), matrices `stored`.
+
+    All else comes in a record at an address, so a step costs Python little, and its code is compiled only once.
+    """
     bf16, none, f32, i64 = kept == np.uint16, np.int64(NONE), np.float32, np.int64
     narrow, narrow_head = bool(bf16 and stored == kept), bool(bf16 and head == kept)
 
@@ -267,46 +268,44 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
             weights[:], ids[:] = 1, 0  # of a dense model, which has no gate
             go_on(stages[0], ONE)
         blocks = counts[0]
-        queries, tops = (
-            at_address(task.queries, (B, K, H // K, C), f32),
-            at_address(task.tops, (B, blocks, K, H // K), f32),
-        )
-        scores = at_address(task.scores, (B, blocks, K, H // K, attention.KEYS), f32)
-        totals = at_address(task.totals, (B, blocks, K, H // K), f32)
-        sums = at_address(task.sums, (B, blocks, K, H // K, C), f32)
+        G = H // K
+        queries, sums = at_address(task.queries, (B, K, G, C), f32), at_address(task.sums, (B, blocks, K, G, C), f32)
+        scores = at_address(task.scores, (B, blocks, K, G, attention.KEYS), f32)
+        tops, totals = at_address(task.tops, (B, blocks, K, G), f32), at_address(task.totals, (B, blocks, K, G), f32)
+
         for i in range(L):
             row, stage = table[i], stages[1 + STAGES * i : 1 + STAGES * (i + 1)]
-            if begin(stage[0], ONE) != none:
+            if begin(stage[NORM], ONE) != none:
                 norm = at_address(row[NORM1, 0], (D,), kept)
                 for n in range(B):
                     rmsnorm.norm_row(x, residual, norm, eps, n, y, h, r)
                     if narrow:
                         round_row(y[n], y[n])
-                go_on(stage[0], ONE)
+                go_on(stage[NORM], ONE)
 
             for j in range(3):
                 projections[j] = row[WQ + j, 0], row[WQ + j, 1], (H if j == 0 else K) * C
-            linear.few_stage(y, projections, stored, threads, stage[1], qkv)
+            linear.few_stage(y, projections, stored, threads, stage[PROJECT], qkv)
 
             k_cache = at_address(row[KEYS, 0], (B, R, K, C), kept)
             v_cache = at_address(row[VALUES, 0], (B, R, K, C), kept)
-            if begin(stage[2], ONE) != none:
+            if begin(stage[ROTATE], ONE) != none:
                 rope.rotate_into_cache(new_q, new_k, new_v, cos, sin, k_cache, v_cache, slots, rotated)
                 attention.few_queries(q, bf16, queries)
-                go_on(stage[2], ONE)
+                go_on(stage[ROTATE], ONE)
             attention.few_stages(
-                queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, bf16, seen, stage[3:], scores, tops,
-                totals, sums, lse,
+                queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, bf16, seen, stage[ATTEND:], scores,
+                tops, totals, sums, lse,
             )  # fmt: skip
-            if begin(stage[6], ONE) != none:
+            if begin(stage[MERGE], ONE) != none:
                 attention.few_out(sums, context)
                 if narrow:
                     round_row(context.reshape(-1), context.reshape(-1))
-                go_on(stage[6], ONE)
+                go_on(stage[MERGE], ONE)
             one[0] = row[WO, 0], row[WO, 1], D
-            linear.few_stage(context.reshape(B, H * C), one, stored, threads, stage[7], x.reshape(-1))
+            linear.few_stage(context.reshape(B, H * C), one, stored, threads, stage[OUT], x.reshape(-1))
 
-            if begin(stage[8], ONE) != none:
+            if begin(stage[ROUTE], ONE) != none:
                 norm, post = at_address(row[NORM2, 0], (D,), kept), at_address(row[POST1, 0], (D,), kept)
                 for n in range(B):
                     if row[POST1, 0] != 0:
@@ -323,18 +322,20 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
                         gating.choose(router[n], allowed, True, False, renormalise, ids[n], weights[n])
                 experts.dispatch_into(ids, pairs, offsets, place)
                 counts[1] = experts.few_segments(y, everyone, pairs, offsets, k, xs, segments)
-                go_on(stage[8], ONE)
+                go_on(stage[ROUTE], ONE)
 
+            touched = segments[: counts[1]]
+            touched = segments[: counts[1]]
             experts.few_stages(
-                xs, chosen[i], stored, gelu, narrow, segments[: counts[1]], threads, stage[9:], gate_in, up, hidden, ys
+                xs, chosen[i], stored, gelu, narrow, touched, threads, stage[EXPERTS:], gate_in, up, hidden, ys
             )
-            if begin(stage[11], ONE) != none:
+            if begin(stage[COMBINE], ONE) != none:
                 post = at_address(row[POST2, 0], (D,), kept)
                 for n in range(B):
                     experts.combine_token(ys, place, weights, x, unkept, n)
                     if row[POST2, 0] != 0:
                         rmsnorm.norm_row(x, x[:0], post, eps, n, x, x, r)
-                go_on(stage[11], ONE)
+                go_on(stage[COMBINE], ONE)
 
         if begin(stages[-2], ONE) != none:
             norm = at_address(ends[1, 0], (D,), kept)
