@@ -38,7 +38,7 @@ from minimoe.params import LayerParams, Params, leaves
 from minimoe.products import round_row
 from minimoe.quantized import Int8, kept_dtype, parts
 from minimoe.shapes import Array
-from minimoe.stages import NONE, ONE, begin, go_on, new_stages
+from minimoe.stages import alone, done, new_stages, pieces_for
 
 MOST_TOKENS = min(linear.FEW_ROWS, experts.FEW_ROWS, gating.FEW_ROWS)  # per step; more go op by op
 ROOMS = {
@@ -47,7 +47,10 @@ ROOMS = {
 }  # fmt: skip
 
 # Stages of a layer; attention and experts have several each.
-NORM, PROJECT, ROTATE, ATTEND, MERGE, OUT, ROUTE, EXPERTS, COMBINE, STAGES = 0, 1, 2, 3, 6, 7, 8, 9, 11, 12
+NORM, PROJECT, ROTATE, ATTEND = range(4)
+MERGE, OUT, ROUTE, EXPERTS = range(ATTEND + attention.FEW_STAGES, ATTEND + attention.FEW_STAGES + 4)
+COMBINE = EXPERTS + experts.FEW_STAGES
+STAGES = COMBINE + 1
 
 # Columns of a layer's table: where each array begins, and its rows' scales (0 = none).
 NORM1, NORM2, POST1, POST2, GATE, WQ, WK, WV, WO, KEYS, VALUES = range(11)
@@ -75,7 +78,8 @@ def prepared(
     Returns
     -------
     step : (tokens (B, 1), positions (B, 1)) -> logits (B, V)
-        Reads the arrays of `params` and `cache` where they now are, and keeps them alive.
+        Reads the arrays of `params` and `cache` where they now are, and keeps them alive. It has room of its own for
+        what it computes: not to be called by two threads at once.
     """
     B, G = len(cache.lengths), config.num_heads // config.num_kv_heads
     if not (_own(ops) and ops.graphs) or B > MOST_TOKENS or G > attention.FEW_QUERIES or not _alike(params):
@@ -99,8 +103,10 @@ def prepared(
     task["gelu"], task["renormalise"] = c.activation == "gelu_tanh", c.renormalise
     task["eps"], task["embedding_multiplier"] = c.norm_eps, c.embedding_multiplier
     row = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.num_experts_per_token * c.intermediate_size
-    # A layer of few products is done by one thread before several have met a dozen times.
-    most_threads = max(1, B * c.hidden_size * row // FEW_PRODUCTS)
+    products = B * max(
+        c.hidden_size * row, c.hidden_size * c.vocab_size, c.num_heads * c.head_dim * cache.positions.shape[1]
+    )  # of a layer, of the head, of attention to a full cache
+    most_threads = max(1, products // FEW_PRODUCTS)  # one thread has done few before several have met a dozen times
     function, place = _compiled(kept, stored, head).address, address(task)
 
     def step(tokens: Int[Array, "B 1"], positions: Int[Array, "B 1"]) -> Float[Array, "B V"]:
@@ -113,6 +119,8 @@ def prepared(
         arrays["stages"][...] = 0
         task["logits"], task["threads"] = address(logits), threads
         _run(function, place, threads)
+        if arrays["stages"][-1, 1, 0] != pieces_for(threads):
+            raise RuntimeError("a compiled step of decoding did not come to its end: see the message above")
         cache.positions[...] = arrays["cache_pos"]  # now that all has gone well: Ctrl-C comes when `_run` has returned
         if c.output_multiplier != 1:
             logits *= np.float32(c.output_multiplier)
@@ -218,7 +226,7 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
 
     All else comes in a record at an address, so a step costs Python little, and its code is compiled only once.
     """
-    bf16, none, f32, i64 = kept == np.uint16, np.int64(NONE), np.float32, np.int64
+    bf16, f32, i64 = kept == np.uint16, np.float32, np.int64
     narrow, narrow_head = bool(bf16 and stored == kept), bool(bf16 and head == kept)
 
     @by_address("void(int64)")
@@ -256,7 +264,7 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
         everyone, allowed, unkept = np.arange(E), np.ones(E, np.bool_), np.empty((0, k, D), f32)
         projections, one = np.empty((3, 3), i64), np.empty((1, 3), i64)
 
-        if begin(stages[0], ONE) != none:
+        if alone(stages[0]):
             slots[:] = kv_cache.write_all_positions(cache_pos, q_pos)
             counts[0] = attention.few_blocks(attention.few_seen(q_pos, cache_pos, window, seen))
             embeddings = at_address(ends[0, 0], (V, D), kept)
@@ -266,7 +274,7 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
                 x *= f32(task.embedding_multiplier)
             residual[:] = 0
             weights[:], ids[:] = 1, 0  # of a dense model, which has no gate
-            go_on(stages[0], ONE)
+            done(stages[0])
         blocks = counts[0]
         G = H // K
         queries, sums = at_address(task.queries, (B, K, G, C), f32), at_address(task.sums, (B, blocks, K, G, C), f32)
@@ -275,13 +283,13 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
 
         for i in range(L):
             row, stage = table[i], stages[1 + STAGES * i : 1 + STAGES * (i + 1)]
-            if begin(stage[NORM], ONE) != none:
+            if alone(stage[NORM]):
                 norm = at_address(row[NORM1, 0], (D,), kept)
                 for n in range(B):
                     rmsnorm.norm_row(x, residual, norm, eps, n, y, h, r)
                     if narrow:
                         round_row(y[n], y[n])
-                go_on(stage[NORM], ONE)
+                done(stage[NORM])
 
             for j in range(3):
                 projections[j] = row[WQ + j, 0], row[WQ + j, 1], (H if j == 0 else K) * C
@@ -289,23 +297,23 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
 
             k_cache = at_address(row[KEYS, 0], (B, R, K, C), kept)
             v_cache = at_address(row[VALUES, 0], (B, R, K, C), kept)
-            if begin(stage[ROTATE], ONE) != none:
+            if alone(stage[ROTATE]):
                 rope.rotate_into_cache(new_q, new_k, new_v, cos, sin, k_cache, v_cache, slots, rotated)
                 attention.few_queries(q, bf16, queries)
-                go_on(stage[ROTATE], ONE)
+                done(stage[ROTATE])
             attention.few_stages(
                 queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, bf16, seen, stage[ATTEND:], scores,
                 tops, totals, sums, lse,
             )  # fmt: skip
-            if begin(stage[MERGE], ONE) != none:
+            if alone(stage[MERGE]):
                 attention.few_out(sums, context)
                 if narrow:
                     round_row(context.reshape(-1), context.reshape(-1))
-                go_on(stage[MERGE], ONE)
+                done(stage[MERGE])
             one[0] = row[WO, 0], row[WO, 1], D
             linear.few_stage(context.reshape(B, H * C), one, stored, threads, stage[OUT], x.reshape(-1))
 
-            if begin(stage[ROUTE], ONE) != none:
+            if alone(stage[ROUTE]):
                 norm, post = at_address(row[NORM2, 0], (D,), kept), at_address(row[POST1, 0], (D,), kept)
                 for n in range(B):
                     if row[POST1, 0] != 0:
@@ -322,28 +330,27 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
                         gating.choose(router[n], allowed, True, False, renormalise, ids[n], weights[n])
                 experts.dispatch_into(ids, pairs, offsets, place)
                 counts[1] = experts.few_segments(y, everyone, pairs, offsets, k, xs, segments)
-                go_on(stage[ROUTE], ONE)
+                done(stage[ROUTE])
 
-            touched = segments[: counts[1]]
             touched = segments[: counts[1]]
             experts.few_stages(
                 xs, chosen[i], stored, gelu, narrow, touched, threads, stage[EXPERTS:], gate_in, up, hidden, ys
             )
-            if begin(stage[COMBINE], ONE) != none:
+            if alone(stage[COMBINE]):
                 post = at_address(row[POST2, 0], (D,), kept)
                 for n in range(B):
                     experts.combine_token(ys, place, weights, x, unkept, n)
                     if row[POST2, 0] != 0:
                         rmsnorm.norm_row(x, x[:0], post, eps, n, x, x, r)
-                go_on(stage[COMBINE], ONE)
+                done(stage[COMBINE])
 
-        if begin(stages[-2], ONE) != none:
+        if alone(stages[-2]):
             norm = at_address(ends[1, 0], (D,), kept)
             for n in range(B):
                 rmsnorm.norm_row(x, residual, norm, eps, n, y, h, r)
                 if narrow_head:
                     round_row(y[n], y[n])
-            go_on(stages[-2], ONE)
+            done(stages[-2])
         one[0] = ends[2, 0], ends[2, 1], V
         linear.few_stage(y, one, head, threads, stages[-1], logits)
 

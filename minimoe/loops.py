@@ -71,7 +71,7 @@ def jit(**options: Any) -> Callable[[F], F]:
 def by_address(signature: Any) -> Callable[[F], Any]:
     """Compile with Numba now, cached like `jit`, a function that jitted code calls at its `address` (see `call`).
 
-    Who calls it has none of its code: it is compiled once, not once more in each of its callers.
+    Its callers hold its address and none of its code, so it is compiled once, and not once more in each of them.
     """
 
     def decorate(function: F) -> Any:
@@ -313,7 +313,7 @@ def dots(x, w, scale, start, stop, out):
 
 @jit(inline="always")
 def quads(rows):
-    """Fours of rows, the last of them perhaps not whole: what `dots` reads at a time, and what work is cut into."""
+    """How many fours the rows are, the last perhaps not whole: `dots` reads by fours, work is cut between them."""
     return (rows + 3) // 4
 
 
@@ -321,9 +321,9 @@ def quads(rows):
 def part_of(rows, before, total, piece, pieces):
     """Which rows of a weight, first and end, belong to a piece of the work.
 
-    `total` fours of rows stand in one line, of which `before` are of weights before this one; it is cut into equal
-    pieces. A piece is a long stream for `dots`: in blocks of 32 rows, int8 rows of 1,024 were read 20% slower. It
-    begins and ends between fours, so a row is added up in the same way however many pieces there are.
+    There are `total` fours of rows, `before` of them in weights before this one, all cut into equal pieces. A piece is
+    a long stream for `dots`: in blocks of 32 rows, int8 rows of 1,024 were read 20% slower. It begins and ends between
+    fours, so a row is added up in the same way however many pieces there are.
     """
     first, end = total * piece // pieces - before, total * (piece + 1) // pieces - before
     return min(max(4 * first, 0), rows), min(max(4 * end, 0), rows)

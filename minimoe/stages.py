@@ -10,15 +10,17 @@ piece of this one is done:
         ...                              # any piece, by any thread
         piece = go_on(stage, pieces)
 
-A thread that comes late finds the work done by others; none ever waits for a piece that nobody has begun. So it does
-not matter how many of the threads really run at once, one is enough; and what thread does a piece must make no
-difference to its numbers.
+A thread that comes late finds the work done by others; none ever waits for a piece that nobody has begun. So one
+thread that runs is enough, whatever number was asked for; and what thread does a piece must make no difference to its
+numbers. A piece must not raise: it would never be done.
 
-They wait by looking again and again, without giving up their core: stages are shorter than it takes to wake up.
+They wait by looking again and again, as most stages take less time than it does to wake up. After LOOKS they offer
+their core to others at each look: one of those may be the thread that they wait for.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ from numba.extending import intrinsic
 from minimoe.loops import jit
 
 NONE = -1
-ONE = np.int64(1)  # piece, of a stage that one thread does while the others wait: a literal would be a type of its own
+LOOKS = 2000  # some tens of microseconds
 PIECES = 4  # for each thread, where work can be cut anywhere: with less, all would wait for the slowest core
 
 _INT64 = ir.IntType(64)
@@ -51,12 +53,17 @@ def pieces_for(threads):
 
 @jit()
 def begin(stage, pieces):
-    """Take a piece of a stage; NONE where all have been taken, but not before all are done."""
+    """Take a piece of a stage; where all have been taken, wait until all are done and return NONE."""
     piece = _add_one(stage[0].ctypes.data)
     if piece < pieces:
         return piece
+    looks = 0
     while _value(stage[1].ctypes.data) < pieces:
-        _pause()
+        if looks < LOOKS:
+            looks += 1
+            _pause()
+        else:
+            _offer_core()
     return NONE
 
 
@@ -65,6 +72,18 @@ def go_on(stage, pieces):
     """Say that the piece which was taken is done, and take another: see `begin`."""
     _add_one(stage[1].ctypes.data)
     return begin(stage, pieces)
+
+
+@jit()
+def alone(stage):
+    """Whether this thread is to do a stage of one piece, and then to call `done`; the others return when it is done."""
+    return begin(stage, np.int64(1)) != NONE  # a literal would be a type of its own
+
+
+@jit()
+def done(stage):
+    """Say that the only piece of a stage is done."""
+    _add_one(stage[1].ctypes.data)
 
 
 @intrinsic
@@ -96,6 +115,19 @@ def _pause(typingctx: Any) -> Any:
         if _X86:
             kind = ir.FunctionType(ir.VoidType(), [])
             builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def _offer_core(typingctx: Any) -> Any:
+    """Let another thread run on this core, if one waits for it (POSIX; elsewhere the operating system sees to it)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if os.name == "posix":
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
         return context.get_dummy_value()
 
     return types.void(), codegen

@@ -2,6 +2,9 @@
 
 import dataclasses
 import gc
+import os
+import subprocess
+import sys
 import weakref
 from functools import partial
 from types import SimpleNamespace
@@ -97,6 +100,39 @@ def test_the_number_of_threads_makes_no_difference(kind, monkeypatch, ops):
             found.append([logits, *held])
         for alone, together in zip(*found, strict=True):
             np.testing.assert_array_equal(alone, together)
+
+
+MANY_THREADS = """
+import numba
+import numpy as np
+from minimoe import compiled_step
+from minimoe.backends import make_backend
+from tests.test_compiled_step import after, draws, follow
+compiled_step.FEW_PRODUCTS = 1
+ops, found = make_backend("numba"), []
+for threads in (1, 2, 3, 5):
+    numba.set_num_threads(threads)
+    for seed in range(4):
+        config, params, tokens = draws(seed)
+        cache = after(ops, config, params, tokens)
+        found.append(follow(compiled_step.prepared(ops, config, params, cache), cache, tokens)[0])
+for i, logits in enumerate(found):
+    np.testing.assert_array_equal(logits, found[i % 4])
+"""
+
+
+def test_more_threads_than_cores_make_no_difference():
+    subprocess.run([sys.executable, "-c", MANY_THREADS], check=True, env=os.environ | {"NUMBA_NUM_THREADS": "5"})
+
+
+def test_a_step_that_does_not_come_to_its_end_says_so(ops, monkeypatch):
+    config, params, tokens = draws(6)
+    cache = after(ops, config, params, tokens)
+    step, before = compiled_step.prepared(ops, config, params, cache), cache.positions.copy()
+    monkeypatch.setattr(compiled_step, "_run", lambda *given: None)
+    with pytest.raises(RuntimeError, match="did not come to its end"):
+        step(tokens[:, -STEPS : tokens.shape[1] - STEPS + 1].copy(), cache.lengths[:, None].copy())
+    np.testing.assert_array_equal(cache.positions, before)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])

@@ -5,53 +5,53 @@ import numpy as np
 import pytest
 
 from minimoe.loops import dots, jit, part_of, quads
-from minimoe.stages import NONE, ONE, begin, go_on, new_stages, pieces_for
+from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, pieces_for
 
 
 @jit()
-def _follow(stages, pieces, done, early):
-    """In each stage add 1 to a piece of `done`; count what is not yet, or already, as the stage before left it."""
+def _follow(stages, pieces, times, early):
+    """In each stage add 1 to a piece of `times`; count what is not yet, or already, as the stage before left it."""
     for s in range(len(stages)):
         piece = begin(stages[s], pieces)
         while piece != NONE:
             for other in range(pieces):
-                if done[other] != s and done[other] != s + 1:
+                if times[other] != s and times[other] != s + 1:
                     early[0] += 1
-            done[piece] += 1
+            times[piece] += 1
             piece = go_on(stages[s], pieces)
 
 
 @jit(parallel=True)
-def _all_follow(threads, stages, pieces, done, early):
+def _all_follow(threads, stages, pieces, times, early):
     for _ in numba.prange(threads):
-        _follow(stages, pieces, done, early)
+        _follow(stages, pieces, times, early)
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 5, 64])
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_no_stage_begins_before_the_one_before_it_is_over(threads, pieces):
-    stages, done, early = new_stages(20_000), np.zeros(pieces, np.int64), np.zeros(1, np.int64)
-    _all_follow(threads, stages, pieces, done, early)
+    stages, times, early = new_stages(20_000), np.zeros(pieces, np.int64), np.zeros(1, np.int64)
+    _all_follow(threads, stages, pieces, times, early)
     assert early[0] == 0
-    assert (done == len(stages)).all()
+    assert (times == len(stages)).all()
     assert (stages[:, 0, 0] == pieces + threads).all()  # taken, and asked for once too often by each thread
     assert (stages[:, 1, 0] == pieces).all()
 
 
 def test_who_comes_when_all_is_done_finds_nothing_to_do():
-    stages, done, early = new_stages(3), np.zeros(4, np.int64), np.zeros(1, np.int64)
-    _follow(stages, 4, done, early)
-    _follow(stages, 4, done, early)
-    assert (done == 3).all()
+    stages, times, early = new_stages(3), np.zeros(4, np.int64), np.zeros(1, np.int64)
+    _follow(stages, 4, times, early)
+    _follow(stages, 4, times, early)
+    assert (times == 3).all()
 
 
 @jit(parallel=True)
 def _alone(threads, stages, found):
     for _ in numba.prange(threads):
         for s in range(len(stages)):
-            if begin(stages[s], ONE) != NONE:
+            if alone(stages[s]):
                 found[s] += s
-                go_on(stages[s], ONE)
+                done(stages[s])
             elif found[s] != s:
                 found[s] = -1
 

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from minimoe.arrays import is_bfloat16
 from minimoe.loops import FAST, FEW_PRODUCTS, exp, jit, rounded, storage, tanh, widen
 from minimoe.shapes import Array
-from minimoe.stages import NONE, ONE, begin, go_on, new_stages
+from minimoe.stages import NONE, alone, begin, done, go_on, new_stages
 from minimoe.tiles import multiply
 
 LANES = 64  # queries per block: four lines in float32
@@ -383,9 +383,9 @@ def few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, stag
     while item != NONE:
         _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, scores, tops, totals)
         item = go_on(stages[0], blocks)
-    if begin(stages[1], ONE) != NONE:
+    if alone(stages[1]):
         _few_softmax(tops, totals, lse)
-        go_on(stages[1], ONE)
+        done(stages[1])
     item = begin(stages[2], blocks)
     while item != NONE:
         _few_sums(v, scores, totals, bf16, seen, item, sums)

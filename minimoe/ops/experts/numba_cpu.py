@@ -48,6 +48,7 @@ from minimoe.tiles import LINE, multiply_ahead
 from minimoe.tiles import ROWS as TILE_ROWS
 
 FEW_ROWS = 24  # tokens of each expert up to which reading its weights once, row by row, is faster than tiles or BLAS
+FEW_STAGES = 2
 SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
 # Blocks of many tokens: rows of a weight, of which a stretch is widened at a time, and a part of that multiplied with
 # so many panels of tokens. What is read again stays in a core's own cache.
@@ -193,7 +194,7 @@ def few(x, table, listed, dtype, gelu, bf16, pairs, offsets, k, threads, gate_in
         _hidden_rows(xs, table, dtype, gelu, bf16, segments, piece, pieces, gate_in, up, hidden)
         _output_rows(table, dtype, segments, piece, pieces, hidden, ys)
     else:
-        stages = new_stages(2)
+        stages = new_stages(FEW_STAGES)
         for _ in numba.prange(threads):
             few_stages(xs, table, dtype, gelu, bf16, segments, threads, stages, gate_in, up, hidden, ys)
 
@@ -214,7 +215,7 @@ def few_segments(x, listed, pairs, offsets, k, xs, segments):
 
 @jit()
 def few_stages(xs, table, dtype, gelu, bf16, segments, threads, stages, gate_in, up, hidden, ys):
-    """What each thread does, in two stages: pieces of all the experts' rows in one line."""
+    """What each thread does, in FEW_STAGES stages: pieces of all the experts' rows, one expert after another."""
     pieces = pieces_for(threads)
     piece = begin(stages[0], pieces)
     while piece != NONE:

@@ -86,7 +86,7 @@ def few(x, table, dtype, bf16, threads, out):
 
 @jit()
 def few_stage(x, table, dtype, threads, stage, out):
-    """What each thread does: pieces of the rows of all weights in one line."""
+    """What each thread does: pieces of the rows of all weights, one weight after another."""
     pieces = pieces_for(threads)
     piece = begin(stage, pieces)
     while piece != NONE:
