@@ -10,7 +10,8 @@ import ctypes
 import hashlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,16 +55,23 @@ def cache_folder() -> str:
     return str(Path(base, tag))
 
 
+@contextmanager
+def _cached_in_folder() -> Iterator[None]:
+    """Let Numba keep what is declared meanwhile in `cache_folder`; its own setting holds again afterwards."""
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = cache_folder()
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
 def jit(**options: Any) -> Callable[[F], F]:
     """Compile with Numba at the first call: no GIL, cached in `cache_folder`, without changing Numba's own settings."""
 
     def decorate(function: F) -> F:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = cache_folder()
-        try:
+        with _cached_in_folder():
             return numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-        finally:
-            numba.config.CACHE_DIR = before
 
     return decorate
 
@@ -75,12 +83,8 @@ def by_address(signature: Any) -> Callable[[F], Any]:
     """
 
     def decorate(function: F) -> Any:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = cache_folder()
-        try:
+        with _cached_in_folder():
             return numba.cfunc(signature, cache=True, error_model="numpy")(function)
-        finally:
-            numba.config.CACHE_DIR = before
 
     return decorate
 

@@ -67,17 +67,11 @@ def draws(seed, draw=draw_any_config):
     return config, params, rng.integers(0, config.vocab_size, (B, T))
 
 
-@pytest.fixture
-def all_threads(monkeypatch):
-    """A model so small would have one thread only."""
-    monkeypatch.setattr(compiled_step, "FEW_PRODUCTS", 1)
-
-
 @pytest.mark.parametrize("threads", ["one", "all"])
 @pytest.mark.parametrize("seed", range(30))
-def test_float32_is_what_the_ops_give_one_by_one(seed, threads, request, ops):
-    if threads == "all":
-        request.getfixturevalue("all_threads")
+def test_float32_is_what_the_ops_give_one_by_one(seed, threads, monkeypatch, ops):
+    if threads == "all":  # a model so small would have one only
+        monkeypatch.setattr(compiled_step, "FEW_PRODUCTS", 1)
     (logits, held), (expected, expected_held) = both(ops, *draws(seed))
     assert relative_error(logits, expected) <= 1e-5
     np.testing.assert_array_equal(held[0], expected_held[0])  # positions
