@@ -25,7 +25,7 @@ from minimoe.arrays import is_bfloat16
 from minimoe.backends import Backend
 from minimoe.cache import KVCache
 from minimoe.config import ModelConfig
-from minimoe.loops import FEW_PRODUCTS, address, at_address, by_address, call, jit, storage
+from minimoe.loops import FEW_PRODUCTS, address, at_address, by_address, call, holds_bfloat16, jit, storage
 from minimoe.ops.attention import numba_cpu as attention
 from minimoe.ops.embedding import numba_cpu as embedding
 from minimoe.ops.experts import numba_cpu as experts
@@ -38,7 +38,7 @@ from minimoe.params import LayerParams, Params, leaves
 from minimoe.products import round_row
 from minimoe.quantized import Int8, kept_dtype, parts
 from minimoe.shapes import Array
-from minimoe.stages import alone, done, new_stages, pieces_for
+from minimoe.stages import alone, done, enter, new_stages, pieces_for
 
 MOST_TOKENS = min(linear.FEW_ROWS, experts.FEW_ROWS, gating.FEW_ROWS)  # per step; more go op by op
 ROOMS = {
@@ -209,14 +209,8 @@ def _experts_table(layer: LayerParams) -> list[list[list[int]]]:
 @jit()
 def _run(function, task, threads):
     if threads > 1:
-        _run_together(function, task, threads)
+        enter(function, task, threads)
     else:
-        call(function, task)
-
-
-@jit(parallel=True)
-def _run_together(function, task, threads):
-    for _ in numba.prange(threads):
         call(function, task)
 
 
@@ -265,14 +259,13 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
         projections, one = np.empty((3, 3), i64), np.empty((1, 3), i64)
 
         if alone(stages[0]):
-            slots[:] = kv_cache.write_all_positions(cache_pos, q_pos)
+            kv_cache.write_all_positions(cache_pos, q_pos, slots)
             counts[0] = attention.few_blocks(attention.few_seen(q_pos, cache_pos, window, seen))
             embeddings = at_address(ends[0, 0], (V, D), kept)
             for n in range(B):
                 embedding.copy_row(tokens, embeddings, n, x)
-            if task.embedding_multiplier != 1:
-                x *= f32(task.embedding_multiplier)
-            residual[:] = 0
+                for d in range(D):
+                    x[n, d], residual[n, d] = x[n, d] * f32(task.embedding_multiplier), 0
             weights[:], ids[:] = 1, 0  # of a dense model, which has no gate
             done(stages[0])
         blocks = counts[0]
@@ -292,25 +285,26 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
                 done(stage[NORM])
 
             for j in range(3):
-                projections[j] = row[WQ + j, 0], row[WQ + j, 1], (H if j == 0 else K) * C
+                projections[j, 0], projections[j, 1] = row[WQ + j, 0], row[WQ + j, 1]
+                projections[j, 2] = (H if j == 0 else K) * C
             linear.few_stage(y, projections, stored, threads, stage[PROJECT], qkv)
 
             k_cache = at_address(row[KEYS, 0], (B, R, K, C), kept)
             v_cache = at_address(row[VALUES, 0], (B, R, K, C), kept)
             if alone(stage[ROTATE]):
                 rope.rotate_into_cache(new_q, new_k, new_v, cos, sin, k_cache, v_cache, slots, rotated)
-                attention.few_queries(q, bf16, queries)
+                attention.few_queries(q, holds_bfloat16(k_cache), queries)
                 done(stage[ROTATE])
             attention.few_stages(
-                queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, bf16, seen, stage[ATTEND:], scores,
-                tops, totals, sums, lse,
+                queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, seen, stage[ATTEND:], scores, tops,
+                totals, sums, lse,
             )  # fmt: skip
             if alone(stage[MERGE]):
                 attention.few_out(sums, context)
                 if narrow:
                     round_row(context.reshape(-1), context.reshape(-1))
                 done(stage[MERGE])
-            one[0] = row[WO, 0], row[WO, 1], D
+            one[0, 0], one[0, 1], one[0, 2] = row[WO, 0], row[WO, 1], D
             linear.few_stage(context.reshape(B, H * C), one, stored, threads, stage[OUT], x.reshape(-1))
 
             if alone(stage[ROUTE]):
@@ -334,7 +328,7 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
 
             touched = segments[: counts[1]]
             experts.few_stages(
-                xs, chosen[i], stored, gelu, narrow, touched, threads, stage[EXPERTS:], gate_in, up, hidden, ys
+                xs, chosen[i], stored, gelu, touched, threads, stage[EXPERTS:], gate_in, up, hidden, ys
             )
             if alone(stage[COMBINE]):
                 post = at_address(row[POST2, 0], (D,), kept)
@@ -351,7 +345,7 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
                 if narrow_head:
                     round_row(y[n], y[n])
             done(stages[-2])
-        one[0] = ends[2, 0], ends[2, 1], V
+        one[0, 0], one[0, 1], one[0, 2] = ends[2, 0], ends[2, 1], V
         linear.few_stage(y, one, head, threads, stages[-1], logits)
 
     return step

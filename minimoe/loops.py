@@ -33,6 +33,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What a reduction needs to vectorise; NaN and Inf keep their meaning (no nnan, no ninf).
 FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
+FMA = FAST - {"reassoc"}  # for elementwise loops, which need no other order of additions
+# One number at a time, and called in the innermost loops: LLVM puts such a function in its caller's place. Numba's own
+# inlining would infer its types anew in each caller, which took longer than all else in compiling some of them.
+INLINED = {"forceinline": True, "error_model": "numpy"}
 
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 
@@ -129,7 +133,7 @@ def widen(x: Any) -> Any:
     raise NotImplementedError("for jitted code only")
 
 
-@overload(widen, inline="always")
+@overload(widen, jit_options=INLINED)
 def _widen(x):
     if x == types.uint16:
         return lambda x: np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
@@ -138,7 +142,18 @@ def _widen(x):
     return lambda x: x
 
 
-@jit(inline="always")
+def holds_bfloat16(w: Any) -> Any:
+    """Whether a weight, or a type, is bfloat16 (held as uint16), inside jitted code: known when it is compiled."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(holds_bfloat16, jit_options=INLINED)
+def _holds_bfloat16(w):
+    answer = w.dtype == types.uint16
+    return lambda w: answer
+
+
+@jit(forceinline=True)
 def narrow(x):
     """Round a float32 to the nearest bfloat16, ties to even, as uint16. NaN stays NaN."""
     bits = np.float32(x).view(np.uint32)
@@ -153,14 +168,14 @@ def stored(x: Any, like: Any) -> Any:
     raise NotImplementedError("for jitted code only")
 
 
-@overload(stored)
+@overload(stored, jit_options=INLINED)
 def _stored(x, like):
     if like == types.uint16 and x != types.uint16:
         return lambda x, like: narrow(x)
     return lambda x, like: x
 
 
-@jit(inline="always")
+@jit(forceinline=True)
 def rounded(x):
     """Round a finite float32 to bfloat16 and back: an operand of a bfloat16 product. Vectorises."""
     bits = np.float32(x).view(np.uint32)
@@ -173,14 +188,14 @@ def exp(x: Any) -> Any:
     raise NotImplementedError("for jitted code only")
 
 
-@overload(exp, inline="always")
+@overload(exp, jit_options=INLINED)
 def _exp(x):
     if x == types.float32:
         return lambda x: _exp_float32(x)
     return lambda x: np.exp(x)
 
 
-@jit(inline="always")
+@jit(forceinline=True, fastmath=FMA)
 def _exp_float32(x):
     # x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its Taylor polynomial of degree 7 (error 4e-9 at the ends); 2^n is added
     # to the exponent bits. Results below the smallest normal number (x < -87.3) become 0.
@@ -205,7 +220,7 @@ def sigmoid(z: Any) -> Any:
     raise NotImplementedError("for jitted code only")
 
 
-@overload(sigmoid, inline="always")
+@overload(sigmoid, jit_options=INLINED)
 def _sigmoid(z):
     one = np.float32(1) if z == types.float32 else np.float64(1)  # an int would promote float32 to float64
 
@@ -221,14 +236,14 @@ def tanh(x: Any) -> Any:
     raise NotImplementedError("for jitted code only")
 
 
-@overload(tanh, inline="always")
+@overload(tanh, jit_options=INLINED)
 def _tanh(x):
     if x == types.float32:
         return lambda x: _tanh_float32(x)
     return lambda x: np.tanh(x)
 
 
-@jit(inline="always")
+@jit(forceinline=True, fastmath=FMA)
 def _tanh_float32(x):
     # Near 0 1 - 2 / (e^2x + 1) would cancel: there x + x³ p(x²), p of degree 4 interpolating (tanh(x) / x - 1) / x² at
     # Chebyshev points of 0 <= x² <= 0.36 (relative error 1.1e-8).
@@ -262,6 +277,13 @@ def at_address(place, shape, dtype):
 def address(x: Array | None) -> int:
     """Where an array begins; 0 where there is none. It keeps nothing alive."""
     return 0 if x is None else int(x.__array_interface__["data"][0])
+
+
+@jit()
+def copy(source, target):
+    """Copy a row. To assign one array to another, Numba compiles the message that their shapes differ: seconds."""
+    for i in range(len(target)):
+        target[i] = source[i]
 
 
 @jit(fastmath=FAST)

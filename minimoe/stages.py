@@ -14,6 +14,9 @@ A thread that comes late finds the work done by others; none ever waits for a pi
 thread that runs is enough, whatever number was asked for; and what thread does a piece must make no difference to its
 numbers. A piece must not raise: it would never be done.
 
+`together` lets threads enter, from jitted code. Each is given the same function and arguments; by the counters of a stage
+they find what there is to do.
+
 They wait by looking again and again, as most stages take less time than it does to wake up. After LOOKS they offer
 their core to others at each look: one of those may be the thread that they wait for.
 """
@@ -23,13 +26,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numba
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minimoe.loops import jit
+from minimoe.loops import call, jit
 
 NONE = -1
 LOOKS = 2000  # some tens of microseconds
@@ -52,10 +56,17 @@ def pieces_for(threads):
 
 
 @jit()
+def take(stage, pieces):
+    """Take a piece of a stage for whose end nobody waits; NONE where all have been taken."""
+    piece = _add_one(stage[0].ctypes.data)
+    return piece if piece < pieces else NONE
+
+
+@jit()
 def begin(stage, pieces):
     """Take a piece of a stage; where all have been taken, wait until all are done and return NONE."""
-    piece = _add_one(stage[0].ctypes.data)
-    if piece < pieces:
+    piece = take(stage, pieces)
+    if piece != NONE:
         return piece
     looks = 0
     while _value(stage[1].ctypes.data) < pieces:
@@ -84,6 +95,69 @@ def alone(stage):
 def done(stage):
     """Say that the only piece of a stage is done."""
     _add_one(stage[1].ctypes.data)
+
+
+@jit(parallel=True)
+def enter(function, argument, threads):
+    """Call the function at an address, which takes one int64 (see `loops.by_address`), once for each thread."""
+    for _ in numba.prange(threads):
+        call(function, argument)
+
+
+@intrinsic
+def together(typingctx: Any, function: Any, arguments: Any, threads: Any) -> Any:
+    """Call a jitted function with a tuple of arguments once for each thread, inside jitted code; wait for all of them.
+
+    In a parallel loop Numba would compile the function, and all it calls, once more in each of three layers around the
+    loop's body, which takes most of the time. Here the loop, that of `enter`, knows an address: of the function, which
+    finds its arguments at another.
+
+    Raises
+    ------
+    MemoryError
+        If a call raised anything: memory is all that jitted loops can lack.
+    """
+    kinds = tuple(types.unliteral(kind) for kind in arguments.types)
+    inner = function.get_call_type(typingctx, kinds, {})
+    entry = types.Dispatcher(enter)
+    entered = entry.get_call_type(typingctx, (types.int64,) * 3, {})
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        compiled, loop = function.dispatcher.get_compile_result(inner), context.get_function(entry, entered)
+        context.add_linking_libs([compiled.library, *loop.libs])
+        task = ir.LiteralStructType([*map(context.get_value_type, kinds), _INT64])  # the arguments, and what failed
+        failed = len(kinds)
+        held = cgutils.alloca_once(builder, task)
+        for i, (given, kind) in enumerate(zip(arguments.types, kinds, strict=True)):
+            value = context.cast(builder, builder.extract_value(args[1], i), given, kind)
+            builder.store(value, cgutils.gep_inbounds(builder, held, 0, i))
+        builder.store(ir.Constant(_INT64, 0), cgutils.gep_inbounds(builder, held, 0, failed))
+
+        name = builder.module.get_unique_name(f"together.{function.dispatcher.py_func.__name__}")
+        worker = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_INT64]), name)
+        worker.linkage = "internal"
+        inside = ir.IRBuilder(worker.append_basic_block())
+        there = inside.inttoptr(worker.args[0], task.as_pointer())
+        found = [inside.load(cgutils.gep_inbounds(inside, there, 0, i)) for i in range(failed)]
+        called = context.declare_function(builder.module, compiled.fndesc)
+        status, _ = context.call_conv.call_function(inside, called, inner.return_type, kinds, found)
+        with cgutils.if_unlikely(inside, status.is_error):
+            inside.store(ir.Constant(_INT64, 1), cgutils.gep_inbounds(inside, there, 0, failed))
+        inside.ret_void()
+
+        there = builder.ptrtoint(held, _INT64)
+        alone = builder.icmp_signed("<=", args[2], ir.Constant(_INT64, 1))
+        with builder.if_else(alone) as (here, by_all):
+            with here:
+                builder.call(worker, [there])
+            with by_all:
+                loop(builder, [builder.ptrtoint(worker, _INT64), there, args[2]])
+        something = builder.load(cgutils.gep_inbounds(builder, held, 0, failed))
+        with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, something)):
+            context.call_conv.return_user_exc(builder, MemoryError, ("a thread could not do its part of a loop",))
+        return context.get_dummy_value()
+
+    return types.void(function, arguments, types.int64), codegen
 
 
 @intrinsic

@@ -104,22 +104,28 @@ def multiply_ahead(left, right, out, begin, ahead, ahead_row, lines):
 
     What is read next arrives while this is multiplied; a processor foresees by itself only what lies one after another.
     """
-    M, K = left.shape
     x, x_row, x_k = left.ctypes.data, left.strides[0], left.strides[1]
     y, y_k, z, z_row = right.ctypes.data, right.strides[0], out.ctypes.data, out.strides[0]
-    for n in range(0, right.shape[1] * right.itemsize, LINE):
+    (M, K), width, begin = left.shape, right.shape[1] * right.itemsize, bool(begin)
+    _all_tiles(x, x_row, x_k, M, y, y_k, K, z, z_row, width, begin, out.dtype, ahead, ahead_row, lines)
+
+
+@jit()
+def _all_tiles(x, x_row, x_k, M, y, y_k, K, z, z_row, width, begin, dtype, ahead, ahead_row, lines):
+    """Knows addresses and strides only: compiled once for a type, and not for each kind of array."""
+    for n in range(0, width, LINE):
         m = 0
         while m + ROWS <= M:
             for i in range(lines):
                 _ask_for(ahead + i * LINE)
             ahead += ahead_row
-            _large(x + m * x_row, x_row, x_k, y + n, y_k, K, z + m * z_row + n, z_row, begin, out.dtype)
+            _large(x + m * x_row, x_row, x_k, y + n, y_k, K, z + m * z_row + n, z_row, begin, dtype)
             m += ROWS
         while m + FEWER <= M:
-            _small(x + m * x_row, x_row, x_k, y + n, y_k, K, z + m * z_row + n, z_row, begin, out.dtype)
+            _small(x + m * x_row, x_row, x_k, y + n, y_k, K, z + m * z_row + n, z_row, begin, dtype)
             m += FEWER
         while m < M:
-            _single(x + m * x_row, x_row, x_k, y + n, y_k, K, z + m * z_row + n, z_row, begin, out.dtype)
+            _single(x + m * x_row, x_row, x_k, y + n, y_k, K, z + m * z_row + n, z_row, begin, dtype)
             m += 1
 
 

@@ -1,8 +1,8 @@
 """Compile the loops of the CPU before they are needed, by two processes at once: in one, Numba compiles one at a time.
 
-This process compiles what reads a long prompt; another, this file run as a program, compiles a step of decoding, and
-the experts and attention of few tokens, which is about as much. What the second has compiled reaches the first through
-the cache on the disk.
+This process compiles what reads a prompt; another, this file run as a program, compiles a step of decoding, which is
+about as much. What the second has compiled reaches the first through the cache on the disk: the loops for few tokens,
+which both need, are the first in the second process and the last in this one.
 """
 
 from __future__ import annotations
@@ -52,24 +52,25 @@ def _start(kind: str) -> subprocess.Popen[bytes] | None:
 
 
 def _read_a_prompt(kind: str) -> None:
-    """Compile what reads a prompt of many tokens."""
-    load("tiny", backend="numba", dtype=kind).generate_ids(np.zeros((2, 32), np.int64), max_new_tokens=1)
-
-
-def _decode_a_step(kind: str) -> None:
-    """Compile a step of decoding, and from the same loops what a prompt of a few tokens takes, without reading one."""
-    from minimoe import compiled_step
-
+    """Compile what reads a prompt of many tokens, and then the experts and attention of a few."""
     model = load("tiny", backend="numba", dtype=kind)
-    step = compiled_step.prepared(model.ops, model.config, model.params, model.new_cache())
-    if step is not None:  # float64 is done op by op
-        step(np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
+    model.generate_ids(np.zeros((2, 32), np.int64), max_new_tokens=1)
     c, experts, held = model.config, model.params.layers[0].feed_forward, model.new_cache()
     dtype = "float64" if kind == "float64" else "float32"
     x, ids = np.zeros((1, c.hidden_size), dtype), np.arange(c.num_experts_per_token)[None]
     model.ops.experts.forward(x, experts.w1, experts.w2, experts.w3, ids, np.ones(ids.shape, dtype))
     q, keys = np.zeros((1, 1, c.num_heads, c.head_dim), dtype), held.layers[0]
     model.ops.attention.forward(q, keys.k, keys.v, np.zeros((1, 1), np.int64), held.positions, None)
+
+
+def _decode_a_step(kind: str) -> None:
+    """Compile a step of decoding."""
+    from minimoe import compiled_step
+
+    model = load("tiny", backend="numba", dtype=kind)
+    step = compiled_step.prepared(model.ops, model.config, model.params, model.new_cache())
+    if step is not None:  # float64 is done op by op
+        step(np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
 
 
 if __name__ == "__main__":

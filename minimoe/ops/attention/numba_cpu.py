@@ -23,9 +23,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, FEW_PRODUCTS, exp, jit, rounded, storage, tanh, widen
+from minimoe.loops import FAST, FEW_PRODUCTS, FMA, exp, holds_bfloat16, jit, rounded, storage, tanh, widen
 from minimoe.shapes import Array
-from minimoe.stages import NONE, alone, begin, done, go_on, new_stages
+from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, take, together
 from minimoe.tiles import multiply
 
 LANES = 64  # queries per block: four lines in float32
@@ -34,7 +34,6 @@ KEYS = 128  # of a block where queries are few; read as four streams, a multiple
 FEW_STAGES = 3
 UNBOUNDED = 1 << 62  # a window that sees everything
 UNCAPPED = 0.0
-FMA = FAST - {"reassoc"}  # elementwise loops need no other order of additions
 
 
 def forward(
@@ -48,13 +47,11 @@ def forward(
     cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B T H"]]:
     (B, T, H, C), K = q.shape, k.shape[2]
-    q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
+    q, k, v, q_pos, k_pos = _prepared(q, k, v, q_pos, k_pos)
     window, scale, cap = scalars(C, window, scale, cap)
     out, lse = np.empty(q.shape, q.dtype), np.empty((B, T, H), q.dtype)
-    if T * (H // K) <= FEW_QUERIES:
-        few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, numba.get_num_threads(), out, lse)
-    else:
-        _forward(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse)
+    forward = few if T * (H // K) <= FEW_QUERIES else many
+    forward(q, k, v, q_pos, k_pos, window, scale, cap, numba.get_num_threads(), out, lse)
     return out, lse
 
 
@@ -71,11 +68,12 @@ def backward(
     scale: float | None = None,
     cap: float | None = None,
 ) -> tuple[Float[Array, "B T H C"], Float[Array, "B S K C"], Float[Array, "B S K C"]]:
-    q, k, v, q_pos, k_pos, bf16 = _prepared(q, k, v, q_pos, k_pos)
+    q, k, v, q_pos, k_pos = _prepared(q, k, v, q_pos, k_pos)
     dout, out, lse = (np.ascontiguousarray(x, q.dtype) for x in (dout, out, lse))
     dq, dk, dv = np.empty_like(q), np.empty(k.shape, q.dtype), np.empty(v.shape, q.dtype)
     window, scale, cap = scalars(q.shape[3], window, scale, cap)
-    _backward(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv)
+    threads = numba.get_num_threads()
+    _backward(dout, q, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -86,31 +84,35 @@ def scalars(C: int, window: int | None, scale: float | None, cap: float | None) 
 
 
 def _prepared(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array) -> tuple[Array, ...]:
-    """Contiguous arrays of the types that the kernels are compiled for, and whether keys are stored in bfloat16."""
-    bf16 = is_bfloat16(k)
-    q = np.ascontiguousarray(q, np.float32 if bf16 else q.dtype)
+    """Contiguous arrays of the types that the loops are compiled for."""
+    q = np.ascontiguousarray(q, np.float32 if is_bfloat16(k) else q.dtype)
     k, v = storage(np.ascontiguousarray(k)), storage(np.ascontiguousarray(v))
     # Positions are often a broadcast, read-only row: copied, so that Numba does not compile for that type as well.
     q_pos, k_pos = (np.array(x, np.int64, order="C") for x in (q_pos, k_pos))
-    return q, k, v, q_pos, k_pos, bf16
+    return q, k, v, q_pos, k_pos
 
 
-@jit(parallel=True, fastmath=FMA)
-def _forward(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse):
+@jit()
+def many(q, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse):
+    """Blocks of queries, dealt to threads."""
+    together(_many_stage, (q, k, v, q_pos, k_pos, window, scale, cap, new_stages(1)[0], out, lse), threads)
+
+
+@jit()
+def _many_stage(q, k, v, q_pos, k_pos, window, scale, cap, stage, out, lse):
+    """What each thread does: whole blocks, the late ones first, which see more keys than the early ones."""
     B, T, K = q.shape[0], q.shape[1], k.shape[2]
-    G = q.shape[2] // K
-    blocks = (T * G + LANES - 1) // LANES
-    pairs = (blocks + 1) // 2
-    for item in numba.prange(B * K * pairs):
-        # A late block sees more keys than an early one: an item does one from either end.
-        b, kh, early = item // (K * pairs), item // pairs % K, np.int64(item % pairs)
-        late = blocks - 1 - early
-        for block in range(early, late + 1, max(1, late - early)):
-            _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh, block)
+    heads, blocks = B * K, (T * (q.shape[2] // K) + LANES - 1) // LANES
+    item = take(stage, heads * blocks)
+    while item != NONE:
+        b, kh, block = item % heads // K, item % K, blocks - 1 - item // heads
+        _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, block)
+        item = take(stage, heads * blocks)
 
 
 @jit(fastmath=FMA)
-def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b, kh, block):
+def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, block):
+    bf16 = holds_bfloat16(k)
     T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
     start, lanes = block * LANES, min(LANES, T * G - block * LANES)
     position = np.full(LANES, -1, np.int64)
@@ -159,16 +161,26 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, b,
         lse[b, t, h] = -np.inf if total[lane] == 0 else top[lane] + np.log(total[lane])
 
 
-@jit(parallel=True, fastmath=FMA)
-def _backward(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv):
-    K = k.shape[2]
-    for item in numba.prange(q.shape[0] * K):
-        # One thread owns the gradients of a key/value head and takes its queries in order: no race, one order of sums.
-        _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv, item // K, item % K)
+@jit()
+def _backward(dout, q, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse, dq, dk, dv):
+    stage = new_stages(1)[0]
+    arguments = (dout, q, k, v, q_pos, k_pos, window, scale, cap, stage, out, lse, dq, dk, dv)
+    together(_backward_stage, arguments, threads)
+
+
+@jit()
+def _backward_stage(dout, q, k, v, q_pos, k_pos, window, scale, cap, stage, out, lse, dq, dk, dv):
+    """What each thread does: it owns the gradients of a key/value head and takes its queries in order: no race, one
+    order of sums."""
+    B, K = q.shape[0], k.shape[2]
+    item = take(stage, B * K)
+    while item != NONE:
+        _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, out, lse, dq, dk, dv, item // K, item % K)
+        item = take(stage, B * K)
 
 
 @jit(fastmath=FMA)
-def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, lse, dq, dk, dv, b, kh):
+def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, out, lse, dq, dk, dv, b, kh):
     (T, H, C), (S, K) = q.shape[1:], k.shape[1:3]
     G = H // K
     factor = q.dtype.type(scale)
@@ -188,7 +200,7 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, l
         first, last = _seen(position[:lanes], k_pos[b], window)
         seen_keys, seen_values = keys[first:last], values[first:last]
         # forward: probs = exp(scores - lse)
-        qT = _load_lanes(q, b, kh, G, start, lanes, bf16)
+        qT = _load_lanes(q, b, kh, G, start, lanes, holds_bfloat16(k))
         probs = np.empty((last - first, LANES), q.dtype)
         multiply(seen_keys, qT, probs, True)
         _mask(probs, position, lanes, k_pos[b], first, window, factor)
@@ -228,9 +240,18 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, bf16, out, l
 
 
 @jit()
+def _range(positions):
+    """The smallest and the largest of some positions."""
+    early, late = positions[0], positions[0]
+    for t in range(len(positions)):
+        early, late = min(early, positions[t]), max(late, positions[t])
+    return early, late
+
+
+@jit()
 def _seen(q_pos, k_pos, window):
     """A range of keys that holds all that any of these queries sees."""
-    early, late = q_pos.min(), q_pos.max()
+    early, late = _range(q_pos)
     first, last = len(k_pos), 0
     for s in range(len(k_pos)):
         is_seen = (k_pos[s] >= 0) & (k_pos[s] <= late) & (early - k_pos[s] < window)
@@ -241,7 +262,7 @@ def _seen(q_pos, k_pos, window):
 @jit(fastmath=FMA)
 def _mask(scores, q_pos, lanes, k_pos, first, window, scale):
     """Scale the scores of the keys from `first` on; -inf where a query does not see the key."""
-    early, late = q_pos[:lanes].min(), q_pos[:lanes].max()
+    early, late = _range(q_pos[:lanes])
     minus_inf = scores.dtype.type(-np.inf)
     for s in range(scores.shape[0]):
         row = scores[s]
@@ -320,8 +341,8 @@ def _padded(C):
     return (C + 15) // 16 * 16  # whole lines: 16 float32, twice 8 float64
 
 
-@jit(parallel=True)
-def few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, threads, out, lse):
+@jit()
+def few(q, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse):
     """Few queries: the keys that are seen are cut into blocks of KEYS, which are dealt to threads.
 
     A block is read for all heads at once, in the order in which its keys lie: head by head the reads would jump, and
@@ -335,15 +356,11 @@ def few(q, k, v, q_pos, k_pos, window, scale, cap, bf16, threads, out, lse):
     queries, scores = np.empty((B, K, group, C), q.dtype), np.empty((B, blocks, K, group, KEYS), q.dtype)
     tops, totals = np.empty((B, blocks, K, group), q.dtype), np.empty((B, blocks, K, group), q.dtype)
     sums = np.empty((B, blocks, K, group, C), q.dtype)
-    few_queries(q, bf16, queries)
-    stages = new_stages(FEW_STAGES)
-    if B * H * most * C < FEW_PRODUCTS:
-        few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, stages, scores, tops, totals, sums, lse)
-    else:
-        for _ in numba.prange(threads):
-            few_stages(
-                queries, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, stages, scores, tops, totals, sums, lse
-            )
+    few_queries(q, holds_bfloat16(k), queries)
+    arguments = (
+        queries, k, v, q_pos, k_pos, window, scale, cap, seen, new_stages(FEW_STAGES), scores, tops, totals, sums, lse,
+    )  # fmt: skip
+    together(few_stages, arguments, threads if B * H * most * C >= FEW_PRODUCTS else 1)
     few_out(sums, out)
 
 
@@ -376,7 +393,7 @@ def few_queries(q, bf16, queries):
 
 
 @jit()
-def few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, stages, scores, tops, totals, sums, lse):
+def few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, seen, stages, scores, tops, totals, sums, lse):
     """What each thread does, in FEW_STAGES stages."""
     blocks = scores.shape[0] * scores.shape[1]
     item = begin(stages[0], blocks)
@@ -388,8 +405,16 @@ def few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, bf16, seen, stag
         done(stages[1])
     item = begin(stages[2], blocks)
     while item != NONE:
-        _few_sums(v, scores, totals, bf16, seen, item, sums)
+        _few_sums(v, scores, totals, seen, item, sums)
         item = go_on(stages[2], blocks)
+
+
+@jit()
+def _few_block(seen, item, blocks):
+    """Sequence and block of an item, the block's first key and the number of its keys."""
+    b, block = item // blocks, item % blocks
+    start = seen[b, 0] + KEYS * block
+    return b, block, start, max(0, min(KEYS, seen[b, 1] - start))
 
 
 @jit(fastmath=FAST)
@@ -399,45 +424,43 @@ def _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, scores
     Four keys, each from another quarter of the block, and two queries at a time: eight sums from six numbers. A score
     is scaled, then capped, and -inf where the query does not see the key.
     """
-    K, group, C, blocks = queries.shape[1], queries.shape[2], queries.shape[3], scores.shape[1]
-    b, block = item // blocks, item % blocks
-    start = seen[b, 0] + KEYS * block
-    keys = max(0, min(KEYS, seen[b, 1] - start))
-    quarter, last = (keys + 3) // 4, keys - 1
+    K, group, C, T = queries.shape[1], queries.shape[2], queries.shape[3], q_pos.shape[1]
+    b, block, start, number = _few_block(seen, item, scores.shape[1])
+    keys, positions, found = k[b, start : start + number], k_pos[b, start : start + number], scores[b, block]
+    quarter, last = (number + 3) // 4, number - 1
     factor, bound, minus_inf = scores.dtype.type(scale), scores.dtype.type(cap), scores.dtype.type(-np.inf)
     for s in range(quarter):
         s1, s2, s3 = min(s + quarter, last), min(s + 2 * quarter, last), min(s + 3 * quarter, last)
         for kh in range(K):
-            rows, x = scores[b, block, kh], queries[b, kh]
+            k0, k1, k2, k3 = keys[s, kh], keys[s1, kh], keys[s2, kh], keys[s3, kh]
             for i in range(0, group, 2):
                 j = min(i + 1, group - 1)
-                y0 = y1 = y2 = y3 = z0 = z1 = z2 = z3 = scores.dtype.type(0)
+                x, z, row, other = queries[b, kh, i], queries[b, kh, j], found[kh, i], found[kh, j]
+                x0 = x1 = x2 = x3 = z0 = z1 = z2 = z3 = scores.dtype.type(0)
                 for c in range(C):
-                    k0, k1 = widen(k[b, start + s, kh, c]), widen(k[b, start + s1, kh, c])
-                    k2, k3 = widen(k[b, start + s2, kh, c]), widen(k[b, start + s3, kh, c])
-                    y0 += k0 * x[i, c]
-                    y1 += k1 * x[i, c]
-                    y2 += k2 * x[i, c]
-                    y3 += k3 * x[i, c]
-                    z0 += k0 * x[j, c]
-                    z1 += k1 * x[j, c]
-                    z2 += k2 * x[j, c]
-                    z3 += k3 * x[j, c]
-                rows[i, s], rows[i, s1], rows[i, s2], rows[i, s3] = y0, y1, y2, y3
-                rows[j, s], rows[j, s1], rows[j, s2], rows[j, s3] = z0, z1, z2, z3
-    T = q_pos.shape[1]
-    G = group // T
+                    c0, c1, c2, c3 = widen(k0[c]), widen(k1[c]), widen(k2[c]), widen(k3[c])
+                    xc, zc = x[c], z[c]
+                    x0 += c0 * xc
+                    x1 += c1 * xc
+                    x2 += c2 * xc
+                    x3 += c3 * xc
+                    z0 += c0 * zc
+                    z1 += c1 * zc
+                    z2 += c2 * zc
+                    z3 += c3 * zc
+                row[s], row[s1], row[s2], row[s3] = x0, x1, x2, x3
+                other[s], other[s1], other[s2], other[s3] = z0, z1, z2, z3
     for kh in range(K):
         for i in range(group):
-            row, position = scores[b, block, kh, i], q_pos[b, i // G]
-            for s in range(keys):
+            row, position = found[kh, i], q_pos[b, i * T // group]
+            for s in range(number):
                 score = row[s] * factor
                 row[s] = score if cap == UNCAPPED else bound * tanh(score / bound)
-            for s in range(keys):
-                distance = position - k_pos[b, start + s]
-                if k_pos[b, start + s] < 0 or distance < 0 or distance >= window:
+            for s in range(number):
+                distance = position - positions[s]
+                if positions[s] < 0 or distance < 0 or distance >= window:
                     row[s] = minus_inf
-            row[keys:] = minus_inf
+            row[number:] = minus_inf
             t0 = t1 = t2 = t3 = minus_inf
             for s in range(0, KEYS, 4):
                 t0, t1 = max(t0, row[s]), max(t1, row[s + 1])
@@ -473,27 +496,25 @@ def _few_softmax(tops, totals, lse):
 
 
 @jit(fastmath=FMA)
-def _few_sums(v, scores, factors, bf16, seen, item, sums):
+def _few_sums(v, scores, factors, seen, item, sums):
     """One block: sums[i] = Σ_s probability[i, s] · v[s], four values at a time, each from another quarter."""
-    blocks, K, group, C = sums.shape[1:]
-    b, block = item // blocks, item % blocks
-    start = seen[b, 0] + KEYS * block
-    keys = max(0, min(KEYS, seen[b, 1] - start))
-    quarter = keys // 4
+    K, group, C = sums.shape[2:]
+    b, block, start, number = _few_block(seen, item, sums.shape[1])
+    values, probs, found = v[b, start : start + number], scores[b, block], sums[b, block]
+    quarter = number // 4
     for kh in range(K):
         for i in range(group):
-            row, factor = scores[b, block, kh, i], factors[b, block, kh, i]
-            for s in range(keys):
-                row[s] = rounded(row[s] * factor) if bf16 else row[s] * factor
-    sums[b, block] = 0
+            row, factor, total = probs[kh, i], factors[b, block, kh, i], found[kh, i]
+            for s in range(number):
+                row[s] = rounded(row[s] * factor) if holds_bfloat16(v) else row[s] * factor
+            for c in range(C):
+                total[c] = 0
     for s in range(quarter):
         s1, s2, s3 = s + quarter, s + 2 * quarter, s + 3 * quarter
         for kh in range(K):
-            v0, v1 = v[b, start + s, kh], v[b, start + s1, kh]
-            v2, v3 = v[b, start + s2, kh], v[b, start + s3, kh]
+            v0, v1, v2, v3 = values[s, kh], values[s1, kh], values[s2, kh], values[s3, kh]
             for i in range(0, group - 1, 2):
-                y, z = sums[b, block, kh, i], sums[b, block, kh, i + 1]
-                p, r = scores[b, block, kh, i], scores[b, block, kh, i + 1]
+                y, z, p, r = found[kh, i], found[kh, i + 1], probs[kh, i], probs[kh, i + 1]
                 p0, p1, p2, p3 = p[s], p[s1], p[s2], p[s3]
                 r0, r1, r2, r3 = r[s], r[s1], r[s2], r[s3]
                 for c in range(C):
@@ -501,16 +522,17 @@ def _few_sums(v, scores, factors, bf16, seen, item, sums):
                     y[c] = y[c] + p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3
                     z[c] = z[c] + r0 * x0 + r1 * x1 + r2 * x2 + r3 * x3
             if group % 2:
-                y, p = sums[b, block, kh, group - 1], scores[b, block, kh, group - 1]
+                y, p = found[kh, group - 1], probs[kh, group - 1]
                 p0, p1, p2, p3 = p[s], p[s1], p[s2], p[s3]
                 for c in range(C):
                     y[c] = y[c] + p0 * widen(v0[c]) + p1 * widen(v1[c]) + p2 * widen(v2[c]) + p3 * widen(v3[c])
-    for s in range(4 * quarter, keys):
+    for s in range(4 * quarter, number):
         for kh in range(K):
+            value = values[s, kh]
             for i in range(group):
-                y, p, value = sums[b, block, kh, i], scores[b, block, kh, i, s], v[b, start + s, kh]
+                y, p0 = found[kh, i], probs[kh, i, s]
                 for c in range(C):
-                    y[c] += p * widen(value[c])
+                    y[c] += p0 * widen(value[c])
 
 
 @jit()

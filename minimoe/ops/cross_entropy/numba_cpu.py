@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int
 from numba import prange
 
-from minimoe.loops import FAST, exp, jit
+from minimoe.loops import FAST, FMA, exp, jit
 from minimoe.shapes import Array, Scalar
 
 LANES = 64  # four vectors of 512 bits in float32
-FMA = FAST - {"reassoc"}  # elementwise loops need no other order of additions
 SMALL = 1 << 13  # numbers; below, starting the threads costs more than they save
 
 

@@ -30,7 +30,9 @@ from minimoe.loops import (
     FEW_PRODUCTS,
     address,
     at_address,
+    copy,
     dots,
+    holds_bfloat16,
     jit,
     part_of,
     quads,
@@ -43,7 +45,7 @@ from minimoe.ops.experts import Saved, check_activation
 from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
-from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for
+from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for, together
 from minimoe.tiles import LINE, multiply_ahead
 from minimoe.tiles import ROWS as TILE_ROWS
 
@@ -170,8 +172,7 @@ def _forward_few(
     ys = np.empty((M, D), x.dtype)
     if views:
         held, table, dtype = _table(views)
-        bf16, threads = is_bfloat16(views[0]), numba.get_num_threads()
-        few(x, table, chosen, dtype, gelu, bf16, pairs, offsets, k, threads, gate_in, up, hidden, ys)
+        few(x, table, chosen, dtype, gelu, pairs, offsets, k, numba.get_num_threads(), gate_in, up, hidden, ys)
         del held
     return gate_in, up, ys
 
@@ -183,27 +184,22 @@ def _table(views: list[Array]) -> tuple[list[Any], Int[Array, "2 3 C"], Any]:
     return held, table.reshape(2, 3, -1), storage(held[0][0]).dtype
 
 
-@jit(parallel=True)
-def few(x, table, listed, dtype, gelu, bf16, pairs, offsets, k, threads, gate_in, up, hidden, ys):
+@jit()
+def few(x, table, listed, dtype, gelu, pairs, offsets, k, threads, gate_in, up, hidden, ys):
     """`table` (2, 3, listed): where w1, w2 and w3 of each expert of the list lie, and the scales of their rows."""
     (M, F), D = gate_in.shape, x.shape[1]
     xs, segments = np.empty((M, D), x.dtype), np.empty((len(listed), 3), np.int64)
     segments = segments[: few_segments(x, listed, pairs, offsets, k, xs, segments)]
-    if 3 * M * F * D < FEW_PRODUCTS:
-        piece, pieces = np.int64(0), np.int64(1)  # a literal would be a type of its own
-        _hidden_rows(xs, table, dtype, gelu, bf16, segments, piece, pieces, gate_in, up, hidden)
-        _output_rows(table, dtype, segments, piece, pieces, hidden, ys)
-    else:
-        stages = new_stages(FEW_STAGES)
-        for _ in numba.prange(threads):
-            few_stages(xs, table, dtype, gelu, bf16, segments, threads, stages, gate_in, up, hidden, ys)
+    threads = threads if 3 * M * F * D >= FEW_PRODUCTS else 1
+    stages = new_stages(FEW_STAGES)
+    together(few_stages, (xs, table, dtype, gelu, segments, threads, stages, gate_in, up, hidden, ys), threads)
 
 
 @jit()
 def few_segments(x, listed, pairs, offsets, k, xs, segments):
     """Gather the pairs' tokens, list the experts that have any (place in the list, first row, end), count these."""
     for row in range(len(pairs)):
-        xs[row] = x[pairs[row] // k]
+        copy(x[pairs[row] // k], xs[row])
     chosen = 0
     for i in range(len(listed)):
         start, stop = offsets[listed[i]], offsets[listed[i] + 1]
@@ -214,12 +210,12 @@ def few_segments(x, listed, pairs, offsets, k, xs, segments):
 
 
 @jit()
-def few_stages(xs, table, dtype, gelu, bf16, segments, threads, stages, gate_in, up, hidden, ys):
+def few_stages(xs, table, dtype, gelu, segments, threads, stages, gate_in, up, hidden, ys):
     """What each thread does, in FEW_STAGES stages: pieces of all the experts' rows, one expert after another."""
     pieces = pieces_for(threads)
     piece = begin(stages[0], pieces)
     while piece != NONE:
-        _hidden_rows(xs, table, dtype, gelu, bf16, segments, piece, pieces, gate_in, up, hidden)
+        _hidden_rows(xs, table, dtype, gelu, segments, piece, pieces, gate_in, up, hidden)
         piece = go_on(stages[0], pieces)
     piece = begin(stages[1], pieces)
     while piece != NONE:
@@ -228,9 +224,9 @@ def few_stages(xs, table, dtype, gelu, bf16, segments, threads, stages, gate_in,
 
 
 @jit()
-def _hidden_rows(xs, table, dtype, gelu, bf16, segments, piece, pieces, gate_in, up, hidden):
+def _hidden_rows(xs, table, dtype, gelu, segments, piece, pieces, gate_in, up, hidden):
     """A piece of the rows of w1, and the same of w3, for all tokens of their experts."""
-    F, D = gate_in.shape[1], xs.shape[1]
+    F, D, bf16 = gate_in.shape[1], xs.shape[1], holds_bfloat16(dtype)
     for n in range(len(segments)):
         i, first, last = segments[n]
         start, stop = part_of(F, quads(F) * n, quads(F) * len(segments), piece, pieces)
@@ -267,14 +263,13 @@ def _forward_many(
     for i, (start, stop) in enumerate(ends.tolist()):
         panels += [(i, row, min(row + lanes, stop)) for row in range(start, stop, lanes)]
     ys = np.empty((len(pairs), x.shape[1]), x.dtype)
-    bf16, threads = is_bfloat16(views[0]), numba.get_num_threads()
-    many(x, table, np.array(panels, np.int64), dtype, gelu, bf16, F, pairs, k, threads, ys)
+    many(x, table, np.array(panels, np.int64), dtype, gelu, F, pairs, k, numba.get_num_threads(), ys)
     del held
     return ys
 
 
-@jit(parallel=True)
-def many(x, table, panels, dtype, gelu, bf16, F, pairs, k, threads, ys):
+@jit()
+def many(x, table, panels, dtype, gelu, F, pairs, k, threads, ys):
     """A panel is up to a line of tokens of one expert, side by side: `panels` (P, 3), place in the list and rows."""
     P, D, lanes = len(panels), x.shape[1], LINE // x.itemsize
     first = np.empty(panels[-1, 0] + 2, np.int64)  # panel of each expert
@@ -282,13 +277,12 @@ def many(x, table, panels, dtype, gelu, bf16, F, pairs, k, threads, ys):
     for panel in range(P):
         first[panels[panel, 0] + 1] = panel + 1
     xs, hidden = np.empty((P, D, lanes), x.dtype), np.empty((P, F, lanes), x.dtype)
-    stages = new_stages(4)
-    for _ in numba.prange(threads):
-        _many_stages(x, table, panels, first, dtype, gelu, bf16, F, pairs, k, threads, stages, xs, hidden, ys)
+    arguments = (x, table, panels, first, dtype, gelu, F, pairs, k, threads, new_stages(4), xs, hidden, ys)
+    together(_many_stages, arguments, threads)
 
 
 @jit()
-def _many_stages(x, table, panels, first, dtype, gelu, bf16, F, pairs, k, threads, stages, xs, hidden, ys):
+def _many_stages(x, table, panels, first, dtype, gelu, F, pairs, k, threads, stages, xs, hidden, ys):
     """What each thread does: xs (P, D, lanes) -> hidden (P, F, lanes) -> results (P, D, lanes).
 
     A piece of the products is a block of CHUNK rows of one weight, for all panels of its expert.
@@ -297,7 +291,7 @@ def _many_stages(x, table, panels, first, dtype, gelu, bf16, F, pairs, k, thread
     while panel != NONE:
         _load_panel(x, pairs, k, panels[panel], xs[panel])
         panel = go_on(stages[0], len(panels))
-    _hidden_blocks(table, first, F, gelu, bf16, dtype, threads, stages[1], xs, hidden)
+    _hidden_blocks(table, first, F, gelu, dtype, threads, stages[1], xs, hidden)
     results = xs  # which are read no more
     _output_blocks(table, first, dtype, threads, stages[2], hidden, results)
     panel = begin(stages[3], len(panels))
@@ -307,32 +301,37 @@ def _many_stages(x, table, panels, first, dtype, gelu, bf16, F, pairs, k, thread
 
 
 @jit()
-def _hidden_blocks(table, first, F, gelu, bf16, dtype, threads, stage, xs, hidden):
+def _hidden_blocks(table, first, F, gelu, dtype, threads, stage, xs, hidden):
     """Blocks of rows of w1, and the same of w3: some rows of one expert, then of the next."""
-    listed, lanes = len(first) - 1, xs.shape[2]
-    blocks = listed * ((F + CHUNK - 1) // CHUNK)
-    most = np.max(first[1:] - first[:-1])
+    listed, D, lanes, most, bf16 = len(first) - 1, xs.shape[1], xs.shape[2], 0, holds_bfloat16(dtype)
+    for i in range(listed):
+        most = max(most, first[i + 1] - first[i])
     gate_in, up = np.empty((most, CHUNK, lanes), xs.dtype), np.empty((most, CHUNK, lanes), xs.dtype)
+    wide = np.empty((CHUNK, STRETCH + 16), xs.dtype)
+    blocks = listed * ((F + CHUNK - 1) // CHUNK)
     block = begin(stage, blocks)
     while block != NONE:
         i, start = block % listed, CHUNK * (block // listed)
         stop, mine = min(start + CHUNK, F), xs[first[i] : first[i + 1]]
         following = block + threads  # probably; only a guess at what is to be asked for
         row = np.int64(CHUNK * (following // listed))
-        after = _row_at(table[0, 0, following % listed], row if row < F else 0, xs.shape[1], dtype)
-        w3_rows = _row_at(table[0, 2, i], start, xs.shape[1], dtype)
-        _product(table[0, 0, i], table[1, 0, i], F, start, stop, mine, dtype, w3_rows, gate_in)
-        _product(table[0, 2, i], table[1, 2, i], F, start, stop, mine, dtype, after, up)
+        w1, w3 = table[0, 0, i], table[0, 2, i]
+        after = _row_at(table[0, 0, following % listed], row if row < F else 0, D, dtype)
+        g, u = gate_in[: len(mine), : stop - start], up[: len(mine), : stop - start]
+        _product(w1, table[1, 0, i], F, start, mine, dtype, _row_at(w3, start, D, dtype), wide, g)
+        _product(w3, table[1, 2, i], F, start, mine, dtype, after, wide, u)
         for panel in range(len(mine)):
-            g, u = gate_in[panel, : stop - start].reshape(-1), up[panel, : stop - start].reshape(-1)
-            _activate_row(g, u, gelu, bf16, hidden[first[i] + panel, start:stop].reshape(-1))
+            target = hidden[first[i] + panel, start:stop].reshape(-1)
+            n = len(target)
+            _activate_row(gate_in[panel].reshape(-1)[:n], up[panel].reshape(-1)[:n], gelu, bf16, target)
         block = go_on(stage, blocks)
 
 
 @jit()
 def _output_blocks(table, first, dtype, threads, stage, hidden, results):
     """Blocks of rows of w2."""
-    listed, D = len(first) - 1, results.shape[1]
+    listed, D, F = len(first) - 1, results.shape[1], hidden.shape[1]
+    wide = np.empty((CHUNK, STRETCH + 16), hidden.dtype)
     blocks = listed * ((D + CHUNK - 1) // CHUNK)
     block = begin(stage, blocks)
     while block != NONE:
@@ -340,8 +339,9 @@ def _output_blocks(table, first, dtype, threads, stage, hidden, results):
         following = block + threads
         stop, mine = min(start + CHUNK, D), slice(first[i], first[i + 1])
         row = np.int64(CHUNK * (following // listed))
-        after = _row_at(table[0, 1, following % listed], row if row < D else 0, hidden.shape[1], dtype)
-        _product(table[0, 1, i], table[1, 1, i], D, start, stop, hidden[mine], dtype, after, results[mine, start:stop])
+        after = _row_at(table[0, 1, following % listed], row if row < D else 0, F, dtype)
+        out = results[mine, start:stop]
+        _product(table[0, 1, i], table[1, 1, i], D, start, hidden[mine], dtype, after, wide, out)
         block = go_on(stage, blocks)
 
 
@@ -352,41 +352,41 @@ def _row_at(place, row, width, dtype):
 
 
 @jit()
-def _product(place, scale, rows, start, stop, xs, dtype, after, out):
-    """out[panel, row - start] = w[row] · xs[panel] for the rows start .. stop - 1 of the weight at an address.
+def _product(place, scale, rows, start, xs, dtype, after, wide, out):
+    """out[panel, i] = w[start + i] · xs[panel] for some of the `rows` rows of the weight at an address.
 
-    Meanwhile it asks for what will be read next: the next stretch of these rows, or the rows at `after`.
+    Meanwhile it asks for what will be read next: the next stretch of these rows, or the rows at `after`. `wide` is
+    room for a stretch; its rows are longer, as rows whole pages apart would compete for few places of a cache.
     """
-    P, width = xs.shape[0], xs.shape[1]
+    P, width, height = xs.shape[0], xs.shape[1], out.shape[1]
     w = at_address(place, (rows, width), dtype)
-    row_bytes, tiles = width * w.itemsize, (stop - start) // TILE_ROWS
-    wide = np.empty((CHUNK, STRETCH + 16), xs.dtype)  # rows whole pages apart would compete for few places of a cache
+    row_bytes, tiles = width * w.itemsize, height // TILE_ROWS
     groups = (P + PANELS - 1) // PANELS  # of about equal size
     for group in range(groups):
         first, end = group * P // groups, (group + 1) * P // groups
         for k in range(0, width, STRETCH):
             length = min(STRETCH, width - k)
-            for row in range(start, stop):
-                source, target = w[row, k : k + length], wide[row - start]
-                for i in range(length):
-                    target[i] = widen(source[i])
+            for i in range(height):
+                source, target = w[start + i, k : k + length], wide[i]
+                for j in range(length):
+                    target[j] = widen(source[j])
             ahead = place + start * row_bytes + (k + STRETCH) * w.itemsize  # the next stretch
             if k + STRETCH >= width:
                 ahead = after if group == groups - 1 else place + start * row_bytes
             for i in range(0, length, DEPTH):
-                left = wide[: stop - start, i : min(i + DEPTH, length)]
+                left = wide[:height, i : min(i + DEPTH, length)]
                 for panel in range(first, end):
                     right = xs[panel, k + i : k + i + left.shape[1]]
                     asked = (panel - first) * tiles  # each large tile asks for a part of one row, from this one on
-                    lines = DEPTH * w.itemsize // LINE if asked < stop - start else 0
+                    lines = DEPTH * w.itemsize // LINE if asked < height else 0
                     where = ahead + asked * row_bytes + i * w.itemsize
-                    multiply_ahead(left, right, out[panel, : stop - start], k + i == 0, where, row_bytes, lines)
+                    multiply_ahead(left, right, out[panel], k + i == 0, where, row_bytes, lines)
     if scale != 0:
         factors = at_address(scale, (rows,), np.float32)
         for panel in range(P):
-            for row in range(start, stop):
+            for i in range(height):
                 for lane in range(out.shape[2]):
-                    out[panel, row - start, lane] *= factors[row]
+                    out[panel, i, lane] *= factors[start + i]
 
 
 @jit()

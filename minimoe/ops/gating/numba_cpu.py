@@ -94,7 +94,7 @@ def choose(logits, allowed, active, forced, renormalise, ids, weights):
     for slot in range(1, k):
         top = max(top, logits[max(ids[slot], 0)])
     if not renormalise:
-        top = logits.max()
+        top = _largest(logits)
     total = top - top
     for slot in range(k):
         weights[slot] = exp(logits[max(ids[slot], 0)] - top)
@@ -124,6 +124,15 @@ def _top(logits, allowed, ids, values):
 
 
 @jit()
+def _largest(logits):
+    """NaN where any is: like NumPy's, whose like Numba takes longer to compile than all else here."""
+    top = logits[0]
+    for e in range(1, len(logits)):
+        top = logits[e] if logits[e] > top or logits[e] != logits[e] else top
+    return top
+
+
+@jit()
 def _sum_of_exps(logits, top):
     total = top - top
     for e in range(len(logits)):
@@ -146,7 +155,7 @@ def _add_softmax_gradient(dweights, ids, weights, logits, dlogits):
             if ids[n, slot] >= 0:
                 dlogits[n, ids[n, slot]] += weights[n, slot] * (dweights[n, slot] - mean)
         if len(logits) > 0:
-            top = logits[n].max()
+            top = _largest(logits[n])
             total = _sum_of_exps(logits[n], top)
             for e in range(logits.shape[1]):
                 if not _holds(ids[n], e):

@@ -30,7 +30,9 @@ def forward(
 
 def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """See the contract."""
-    return write_all_positions(cache_positions, np.ascontiguousarray(positions, np.int64))
+    slots = np.empty(positions.shape, np.int64)
+    write_all_positions(cache_positions, np.ascontiguousarray(positions, np.int64), slots)
+    return slots
 
 
 def backward(
@@ -81,17 +83,15 @@ def _write_token(k_cache, v_cache, k, v, positions, b, t, oldest):
 
 
 @jit()
-def write_all_positions(cache_positions, positions):
-    B, T = positions.shape
-    slots = np.full((B, T), -1)
-    R = cache_positions.shape[1]
+def write_all_positions(cache_positions, positions, slots):
+    (B, T), R = positions.shape, cache_positions.shape[1]
     for b in range(B):
         oldest = _oldest_kept(positions, b, R)
         for t in range(T):
+            slots[b, t] = -1
             if positions[b, t] >= oldest:
                 slots[b, t] = positions[b, t] % R
                 cache_positions[b, slots[b, t]] = positions[b, t]
-    return slots
 
 
 @jit(parallel=True)

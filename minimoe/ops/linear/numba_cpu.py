@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FEW_PRODUCTS, address, at_address, dots, jit, part_of, quads, storage
+from minimoe.loops import FEW_PRODUCTS, address, at_address, dots, holds_bfloat16, jit, part_of, quads, storage
 from minimoe.products import Product, compute, operand, round_row
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
-from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for
+from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for, together
 
 FEW_ROWS = 16  # tokens up to which BLAS, which rearranges the weights for itself first, is slower
 
@@ -59,7 +59,7 @@ def _forward_few(
     held = [parts(w) for w in weights]  # addresses keep nothing alive
     table = np.array([(address(w), address(scale), len(w)) for w, scale in held], np.int64)
     out = np.empty(N * int(table[:, 2].sum()), x.dtype)
-    few(x, table, storage(held[0][0][:0]).dtype, bf16, numba.get_num_threads(), out)
+    few(x, table, storage(held[0][0][:0]).dtype, numba.get_num_threads(), out)
     ys, start = [], 0
     for w in weights:
         ys.append(out[start : start + N * len(w)].reshape(N, len(w)))
@@ -67,21 +67,17 @@ def _forward_few(
     return ys
 
 
-@jit(parallel=True)
-def few(x, table, dtype, bf16, threads, out):
-    if bf16:
+@jit()
+def few(x, table, dtype, threads, out):
+    if holds_bfloat16(dtype):
         x = x.copy()
         for n in range(x.shape[0]):
             round_row(x[n], x[n])
     rows = 0
     for weight in range(len(table)):
         rows += table[weight, 2]
-    if rows * x.size < FEW_PRODUCTS:
-        _rows(x, table, dtype, out, np.int64(0), np.int64(1))  # a literal would be a type of its own
-    else:
-        stages = new_stages(1)
-        for _ in numba.prange(threads):
-            few_stage(x, table, dtype, threads, stages[0], out)
+    threads = threads if rows * x.size >= FEW_PRODUCTS else 1
+    together(few_stage, (x, table, dtype, threads, new_stages(1)[0], out), threads)
 
 
 @jit()
