@@ -327,9 +327,7 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
                 done(stage[ROUTE])
 
             touched = segments[: counts[1]]
-            experts.few_stages(
-                xs, chosen[i], stored, gelu, touched, threads, stage[EXPERTS:], gate_in, up, hidden, ys
-            )
+            experts.few_stages(xs, chosen[i], stored, gelu, touched, threads, stage[EXPERTS:], gate_in, up, hidden, ys)
             if alone(stage[COMBINE]):
                 post = at_address(row[POST2, 0], (D,), kept)
                 for n in range(B):

@@ -20,6 +20,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from minimoe.arrays import is_bfloat16
@@ -71,7 +72,11 @@ def _cached_in_folder() -> Iterator[None]:
 
 
 def jit(**options: Any) -> Callable[[F], F]:
-    """Compile with Numba at the first call: no GIL, cached in `cache_folder`, without changing Numba's own settings."""
+    """Compile with Numba at the first call: no GIL, cached in `cache_folder`, without changing Numba's own settings.
+
+    A function is compiled by itself and then once more in each that calls it, and in each that calls that one: whatever
+    is large and called in one place only says `inline="always"`, and is compiled there alone.
+    """
 
     def decorate(function: F) -> F:
         with _cached_in_folder():
@@ -94,15 +99,16 @@ def by_address(signature: Any) -> Callable[[F], Any]:
 
 
 @intrinsic
-def call(typingctx, function, argument):
-    """Call the function at an address, made by `by_address` to take one int64."""
+def call(typingctx, function, *arguments):
+    """Call the function at an address, made by `by_address` to take int64 numbers."""
 
     def codegen(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
+        numbers = cgutils.unpack_tuple(builder, args[1])
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * len(numbers))
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), numbers)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), codegen
+    return types.void(types.int64, types.StarArgTuple(arguments)), codegen
 
 
 def storage(x: Array) -> Array:

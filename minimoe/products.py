@@ -31,6 +31,7 @@ from minimoe.arrays import is_bfloat16
 from minimoe.loops import jit, rounded, weight_view, widen
 from minimoe.quantized import Int8
 from minimoe.shapes import Array
+from minimoe.stages import share, threads_if
 
 GRAIN = 1 << 23  # multiplications worth a block, or a thread, of their own: about 0.1 ms
 LEAST_SIDE = 128  # of a block; narrower ones are slower per multiplication
@@ -59,7 +60,7 @@ def operand(x: Array, *others: Array | Int8) -> Array:
     if not any(is_bfloat16(w) for w in others):
         return np.ascontiguousarray(x)
     out = np.empty(x.shape, np.float32)
-    _round_all(np.ascontiguousarray(x, np.float32), out)
+    _round_all(np.ascontiguousarray(x, np.float32), threads_if(x.size >= SMALL), out)
     return out
 
 
@@ -253,14 +254,15 @@ def _scale_all(values, scale, out):
             target[i] = out.dtype.type(source[i]) * factor
 
 
-@jit(parallel=True)
-def _round_all(x, out):
-    if x.size < SMALL:
-        for row in range(x.shape[0]):
-            round_row(x[row], out[row])
-    else:
-        for row in numba.prange(x.shape[0]):
-            round_row(x[row], out[row])
+@jit()
+def _round_all(x, threads, out):
+    share(_round_rows, len(x), (x, out), threads)
+
+
+@jit()
+def _round_rows(start, stop, x, out):
+    for row in range(start, stop):
+        round_row(x[row], out[row])
 
 
 @jit()

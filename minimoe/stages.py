@@ -14,8 +14,8 @@ A thread that comes late finds the work done by others; none ever waits for a pi
 thread that runs is enough, whatever number was asked for; and what thread does a piece must make no difference to its
 numbers. A piece must not raise: it would never be done.
 
-`together` lets threads enter, from jitted code. Each is given the same function and arguments; by the counters of a stage
-they find what there is to do.
+`together` lets threads enter, from jitted code: each calls the same function with the same arguments, and finds by the
+counters of stages what there is to do. Where rows do not depend on each other, `share` deals them out beforehand.
 
 They wait by looking again and again, as most stages take less time than it does to wake up. After LOOKS they offer
 their core to others at each look: one of those may be the thread that they wait for.
@@ -24,6 +24,7 @@ their core to others at each look: one of those may be the thread that they wait
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -104,6 +105,14 @@ def enter(function, argument, threads):
         call(function, argument)
 
 
+@jit(parallel=True)
+def _enter_with_rows(function, argument, rows, threads):
+    """The same, and let each thread know its part of the rows."""
+    for i in numba.prange(threads):
+        part = np.int64(i)  # prange counts unsigned
+        call(function, argument, rows * part // threads, rows * (part + 1) // threads)
+
+
 @intrinsic
 def together(typingctx: Any, function: Any, arguments: Any, threads: Any) -> Any:
     """Call a jitted function with a tuple of arguments once for each thread, inside jitted code; wait for all of them.
@@ -117,47 +126,80 @@ def together(typingctx: Any, function: Any, arguments: Any, threads: Any) -> Any
     MemoryError
         If a call raised anything: memory is all that jitted loops can lack.
     """
-    kinds = tuple(types.unliteral(kind) for kind in arguments.types)
-    inner = function.get_call_type(typingctx, kinds, {})
-    entry = types.Dispatcher(enter)
-    entered = entry.get_call_type(typingctx, (types.int64,) * 3, {})
+    lower = _entered(typingctx, function, arguments, enter, [])
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        compiled, loop = function.dispatcher.get_compile_result(inner), context.get_function(entry, entered)
-        context.add_linking_libs([compiled.library, *loop.libs])
-        task = ir.LiteralStructType([*map(context.get_value_type, kinds), _INT64])  # the arguments, and what failed
-        failed = len(kinds)
-        held = cgutils.alloca_once(builder, task)
-        for i, (given, kind) in enumerate(zip(arguments.types, kinds, strict=True)):
-            value = context.cast(builder, builder.extract_value(args[1], i), given, kind)
-            builder.store(value, cgutils.gep_inbounds(builder, held, 0, i))
-        builder.store(ir.Constant(_INT64, 0), cgutils.gep_inbounds(builder, held, 0, failed))
+        return lower(context, builder, args[1], [], args[2])
 
-        name = builder.module.get_unique_name(f"together.{function.dispatcher.py_func.__name__}")
-        worker = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_INT64]), name)
-        worker.linkage = "internal"
-        inside = ir.IRBuilder(worker.append_basic_block())
-        there = inside.inttoptr(worker.args[0], task.as_pointer())
-        found = [inside.load(cgutils.gep_inbounds(inside, there, 0, i)) for i in range(failed)]
+    return types.void(function, arguments, types.int64), codegen
+
+
+@intrinsic
+def share(typingctx: Any, function: Any, rows: Any, arguments: Any, threads: Any) -> Any:
+    """Call function(start, stop, *arguments) for equal parts of some rows, one part for each thread; see `together`."""
+    lower = _entered(typingctx, function, arguments, _enter_with_rows, [types.int64] * 2)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return lower(context, builder, args[2], [args[1]], args[3])
+
+    return types.void(function, types.int64, arguments, types.int64), codegen
+
+
+def threads_if(worth: bool) -> int:
+    """Return how many threads are to share a loop: as many as Numba is held to, or one where it is not worth more."""
+    return int(numba.get_num_threads()) if worth else 1
+
+
+def _entered(typingctx: Any, function: Any, arguments: Any, driver: Any, leading: list[Any]) -> Callable[..., Any]:
+    """What `together` and `share` have in common: return what writes the code.
+
+    The arguments are put into a record, in the caller's frame, and last of all whether a call has failed. A function
+    around the given one, which is called at its address, takes that of the record and the `leading` numbers.
+    """
+    kinds = [types.unliteral(kind) for kind in arguments.types]
+    inner = function.get_call_type(typingctx, (*leading, *kinds), {})
+    entry = types.Dispatcher(driver)
+
+    def lower(context: Any, builder: Any, given: Any, sizes: list[Any], threads: Any) -> Any:
+        numbers = [types.int64] * (3 + len(sizes))
+        loop = context.get_function(entry, entry.get_call_type(typingctx, numbers, {}))
+        compiled = function.dispatcher.get_compile_result(inner)
+        context.add_linking_libs([compiled.library, *loop.libs])
+        record = ir.LiteralStructType([*map(context.get_value_type, kinds), _INT64])
+
+        def field(builder: Any, record: Any, i: int) -> Any:
+            return cgutils.gep_inbounds(builder, record, 0, i)
+
+        name = builder.module.get_unique_name(f"minimoe.{function.dispatcher.py_func.__name__}")
+        around = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_INT64] * (1 + len(leading))), name)
+        around.linkage = "internal"
+        inside = ir.IRBuilder(around.append_basic_block())
+        there = inside.inttoptr(around.args[0], record.as_pointer())
+        found = [inside.load(field(inside, there, i)) for i in range(len(kinds))]
         called = context.declare_function(builder.module, compiled.fndesc)
-        status, _ = context.call_conv.call_function(inside, called, inner.return_type, kinds, found)
+        status, _ = context.call_conv.call_function(
+            inside, called, inner.return_type, inner.args, [*around.args[1:], *found]
+        )
         with cgutils.if_unlikely(inside, status.is_error):
-            inside.store(ir.Constant(_INT64, 1), cgutils.gep_inbounds(inside, there, 0, failed))
+            inside.store(ir.Constant(_INT64, 1), field(inside, there, len(kinds)))
         inside.ret_void()
 
-        there = builder.ptrtoint(held, _INT64)
-        alone = builder.icmp_signed("<=", args[2], ir.Constant(_INT64, 1))
-        with builder.if_else(alone) as (here, by_all):
-            with here:
-                builder.call(worker, [there])
+        held = cgutils.alloca_once(builder, record)
+        for i, (value, have) in enumerate(zip(cgutils.unpack_tuple(builder, given), arguments.types, strict=True)):
+            builder.store(context.cast(builder, value, have, kinds[i]), field(builder, held, i))
+        builder.store(ir.Constant(_INT64, 0), field(builder, held, len(kinds)))
+        place = builder.ptrtoint(held, _INT64)
+        with builder.if_else(builder.icmp_signed("<=", threads, ir.Constant(_INT64, 1))) as (alone, by_all):
+            with alone:
+                builder.call(around, [place, *[ir.Constant(_INT64, 0)] * len(sizes), *sizes])
             with by_all:
-                loop(builder, [builder.ptrtoint(worker, _INT64), there, args[2]])
-        something = builder.load(cgutils.gep_inbounds(builder, held, 0, failed))
-        with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, something)):
+                loop(builder, [builder.ptrtoint(around, _INT64), place, *sizes, threads])
+        failed = builder.load(field(builder, held, len(kinds)))
+        with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, failed)):
             context.call_conv.return_user_exc(builder, MemoryError, ("a thread could not do its part of a loop",))
         return context.get_dummy_value()
 
-    return types.void(function, arguments, types.int64), codegen
+    return lower
 
 
 @intrinsic

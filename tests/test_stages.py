@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from minimoe.loops import dots, jit, part_of, quads
-from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, pieces_for
+from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, pieces_for, share, take, threads_if, together
 
 
 @jit()
@@ -21,10 +21,9 @@ def _follow(stages, pieces, times, early):
             piece = go_on(stages[s], pieces)
 
 
-@jit(parallel=True)
+@jit()
 def _all_follow(threads, stages, pieces, times, early):
-    for _ in numba.prange(threads):
-        _follow(stages, pieces, times, early)
+    together(_follow, (stages, pieces, times, early), threads)
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 5, 64])
@@ -45,21 +44,94 @@ def test_who_comes_when_all_is_done_finds_nothing_to_do():
     assert (times == 3).all()
 
 
-@jit(parallel=True)
-def _alone(threads, stages, found):
-    for _ in numba.prange(threads):
-        for s in range(len(stages)):
-            if alone(stages[s]):
-                found[s] += s
-                done(stages[s])
-            elif found[s] != s:
-                found[s] = -1
+@jit()
+def _alone(stages, found):
+    for s in range(len(stages)):
+        if alone(stages[s]):
+            found[s] += s
+            done(stages[s])
+        elif found[s] != s:
+            found[s] = -1
+
+
+@jit()
+def _all_alone(threads, stages, found):
+    together(_alone, (stages, found), threads)
 
 
 def test_one_thread_does_a_stage_of_one_piece_and_the_others_see_what_it_did():
     found = np.zeros(100_000, np.int64)
-    _alone(2, new_stages(len(found)), found)
+    _all_alone(2, new_stages(len(found)), found)
     np.testing.assert_array_equal(found, np.arange(len(found)))
+
+
+@jit()
+def _note(start, stop, factor, negative, offset, source, found, stage, sizes):
+    part = take(stage, np.int64(len(sizes)))
+    for row in range(start, stop):
+        found[row] += (-factor if negative else factor) * source[row] + offset
+    sizes[part] = stop - start
+
+
+@jit()
+def _share_notes(rows, threads, source, found, stage, sizes):
+    share(_note, rows, (np.float32(2.5), True, 3, source, found, stage, sizes), threads)  # True and 3 are literals
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("rows", [0, 1, 5, 1000])
+def test_every_row_is_shared_out_once_in_equal_parts_with_what_was_given(rows, threads):
+    source, found = np.arange(rows, dtype=np.float64), np.zeros(rows)
+    stage, sizes = new_stages(1)[0], np.zeros(16, np.int64)
+    _share_notes(rows, threads, source, found, stage, sizes)
+    np.testing.assert_array_equal(found, 3 - 2.5 * source)
+    assert stage[0, 0] == threads
+    assert sizes.sum() == rows
+    assert np.ptp(sizes[:threads]) <= 1
+
+
+@jit()
+def _count_calls(stage, fail):
+    call = take(stage, np.int64(1000))
+    if call == fail:
+        raise ValueError("this one fails")
+
+
+@jit()
+def _call_together(threads, stage, fail):
+    together(_count_calls, (stage, fail), threads)
+
+
+@jit()
+def _fail_from(start, stop, first):
+    for row in range(start, stop):
+        if row >= first:
+            raise ValueError("this one fails")
+
+
+@jit()
+def _share_failing(rows, threads, first):
+    share(_fail_from, rows, (first,), threads)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_each_thread_calls_once_and_a_call_that_fails_is_told_when_all_are_done(threads):
+    for fail in (-1, 0, threads - 1, -1):  # after a failure all is as before
+        stage = new_stages(1)[0]
+        if fail < 0:
+            _call_together(threads, stage, fail)
+            _share_failing(10, threads, 10)
+        else:
+            with pytest.raises(MemoryError, match="a thread could not do its part"):
+                _call_together(threads, stage, fail)
+            with pytest.raises(MemoryError, match="a thread could not do its part"):
+                _share_failing(10, threads, 9)
+        assert stage[0, 0] == threads
+
+
+def test_a_loop_that_is_not_worth_it_has_one_thread():
+    assert threads_if(False) == 1
+    assert threads_if(True) == numba.get_num_threads()
 
 
 def test_one_thread_gets_the_work_uncut():

@@ -52,9 +52,9 @@ def _start(kind: str) -> subprocess.Popen[bytes] | None:
 
 
 def _read_a_prompt(kind: str) -> None:
-    """Compile what reads a prompt of many tokens, and then the experts and attention of a few."""
+    """Compile what reads a prompt of many tokens and draws the next, and then the experts and attention of a few."""
     model = load("tiny", backend="numba", dtype=kind)
-    model.generate_ids(np.zeros((2, 32), np.int64), max_new_tokens=1)
+    model.generate_ids(np.zeros((2, 32), np.int64), max_new_tokens=1, temperature=1.0)
     c, experts, held = model.config, model.params.layers[0].feed_forward, model.new_cache()
     dtype = "float64" if kind == "float64" else "float32"
     x, ids = np.zeros((1, c.hidden_size), dtype), np.arange(c.num_experts_per_token)[None]
@@ -64,13 +64,15 @@ def _read_a_prompt(kind: str) -> None:
 
 
 def _decode_a_step(kind: str) -> None:
-    """Compile a step of decoding."""
+    """Compile a step of decoding, and the loss of what was read."""
     from minimoe import compiled_step
 
     model = load("tiny", backend="numba", dtype=kind)
     step = compiled_step.prepared(model.ops, model.config, model.params, model.new_cache())
     if step is not None:  # float64 is done op by op
         step(np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
+    logits = np.zeros((1, model.config.vocab_size), "float64" if kind == "float64" else "float32")
+    model.ops.cross_entropy.forward(logits, np.zeros(1, np.int64))
 
 
 if __name__ == "__main__":

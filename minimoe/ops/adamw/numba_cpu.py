@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from numba import prange
 
 from minimoe.loops import FAST, jit
 from minimoe.shapes import Array, Scalar
+from minimoe.stages import share, threads_if
 
 SMALL = 1 << 17  # numbers; below, starting the threads costs more than they save
 BLOCK = 1 << 13  # numbers that are squared and added up by one thread, whatever the number of threads
@@ -50,45 +50,45 @@ def forward(
         number(lr * weight_decay),
         number(eps),
         number(scale),
+        threads_if(w.size >= SMALL),
     )
 
 
 def squared_norm(g: Float[Array, "..."]) -> Scalar:
     """See the contract."""
     flat = np.ascontiguousarray(g).reshape(-1)
-    return float(_squared_norm(flat, np.empty((flat.size + BLOCK - 1) // BLOCK)))
+    blocks = (flat.size + BLOCK - 1) // BLOCK
+    return float(_squared_norm(flat, threads_if(flat.size >= SMALL), np.empty(blocks)))
 
 
-@jit(parallel=True)
-def _step(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale):
-    if w.size < SMALL:
-        for i in range(w.size):
-            _step_one(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale, i)
-    else:
-        for i in prange(w.size):
-            _step_one(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale, i)
+@jit()
+def _step(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale, threads):
+    arguments = (w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale)
+    share(_step_some, w.size, arguments, threads)
 
 
-@jit(inline="always")
-def _step_one(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale, i):
-    gradient = g[i] * scale
-    m[i] = beta1 * m[i] + rest1 * gradient
-    v[i] = beta2 * v[i] + rest2 * gradient * gradient
-    w[i] = w[i] - decay * w[i] - lr * (m[i] / bias1) / (np.sqrt(v[i] / bias2) + eps)
+@jit()
+def _step_some(start, stop, w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale):
+    for i in range(start, stop):
+        gradient = g[i] * scale
+        m[i] = beta1 * m[i] + rest1 * gradient
+        v[i] = beta2 * v[i] + rest2 * gradient * gradient
+        w[i] = w[i] - decay * w[i] - lr * (m[i] / bias1) / (np.sqrt(v[i] / bias2) + eps)
 
 
-@jit(parallel=True)
-def _squared_norm(g, partial):
-    if g.size < SMALL:
-        for block in range(partial.size):
-            partial[block] = _square_block(g, block)
-    else:
-        for block in prange(partial.size):
-            partial[block] = _square_block(g, block)
+@jit()
+def _squared_norm(g, threads, partial):
+    share(_square_blocks, partial.size, (g, partial), threads)
     total = 0.0
     for block in range(partial.size):
         total += partial[block]
     return total
+
+
+@jit()
+def _square_blocks(start, stop, g, partial):
+    for block in range(start, stop):
+        partial[block] = _square_block(g, block)
 
 
 @jit(fastmath=FAST)

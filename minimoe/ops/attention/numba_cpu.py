@@ -50,8 +50,8 @@ def forward(
     q, k, v, q_pos, k_pos = _prepared(q, k, v, q_pos, k_pos)
     window, scale, cap = scalars(C, window, scale, cap)
     out, lse = np.empty(q.shape, q.dtype), np.empty((B, T, H), q.dtype)
-    forward = few if T * (H // K) <= FEW_QUERIES else many
-    forward(q, k, v, q_pos, k_pos, window, scale, cap, numba.get_num_threads(), out, lse)
+    attend = few if T * (H // K) <= FEW_QUERIES else many
+    attend(q, k, v, q_pos, k_pos, window, scale, cap, numba.get_num_threads(), out, lse)
     return out, lse
 
 
@@ -98,7 +98,7 @@ def many(q, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse):
     together(_many_stage, (q, k, v, q_pos, k_pos, window, scale, cap, new_stages(1)[0], out, lse), threads)
 
 
-@jit()
+@jit(fastmath=FMA)
 def _many_stage(q, k, v, q_pos, k_pos, window, scale, cap, stage, out, lse):
     """What each thread does: whole blocks, the late ones first, which see more keys than the early ones."""
     B, T, K = q.shape[0], q.shape[1], k.shape[2]
@@ -110,7 +110,7 @@ def _many_stage(q, k, v, q_pos, k_pos, window, scale, cap, stage, out, lse):
         item = take(stage, heads * blocks)
 
 
-@jit(fastmath=FMA)
+@jit(inline="always")
 def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, block):
     bf16 = holds_bfloat16(k)
     T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
@@ -168,7 +168,7 @@ def _backward(dout, q, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse
     together(_backward_stage, arguments, threads)
 
 
-@jit()
+@jit(fastmath=FMA)
 def _backward_stage(dout, q, k, v, q_pos, k_pos, window, scale, cap, stage, out, lse, dq, dk, dv):
     """What each thread does: it owns the gradients of a key/value head and takes its queries in order: no race, one
     order of sums."""
@@ -179,7 +179,7 @@ def _backward_stage(dout, q, k, v, q_pos, k_pos, window, scale, cap, stage, out,
         item = take(stage, B * K)
 
 
-@jit(fastmath=FMA)
+@jit(inline="always")
 def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, out, lse, dq, dk, dv, b, kh):
     (T, H, C), (S, K) = q.shape[1:], k.shape[1:3]
     G = H // K

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from numba import prange
 
 from minimoe.loops import exp, jit
 from minimoe.shapes import Array, Scalar
+from minimoe.stages import share, threads_if
 
 SMALL = 1 << 12  # numbers; below, starting the threads costs more than they save
 TOKENS = 256  # per block
@@ -23,15 +23,15 @@ def forward(
     """See the contract."""
     L, N, E = logits.shape
     keep, count = _active(active, N)
-    share = _share(ids, keep, count, E, form)
+    shares = _shares(ids, keep, count, E, form)
     if count == 0:
         return 0.0
     total = np.zeros((L, (N + TOKENS - 1) // TOKENS, E))
-    _sum_probs(np.ascontiguousarray(logits), keep, total)
+    _sum_probs(np.ascontiguousarray(logits), keep, threads_if(logits.size >= SMALL), total)
     mean_probs = total.sum(axis=1) / count  # (L, blocks, E) -> (L, E)
     if form == "concatenated":
-        return float(E * (share.mean(axis=0) * mean_probs.mean(axis=0)).sum())
-    return float(E * (share * mean_probs).sum() / L)
+        return float(E * (shares.mean(axis=0) * mean_probs.mean(axis=0)).sum())
+    return float(E * (shares * mean_probs).sum() / L)
 
 
 def backward(
@@ -41,11 +41,11 @@ def backward(
     L, N, E = logits.shape
     keep, count = _active(active, N)
     # forward: loss = E · Σ_e share · mean_probs, the mean over layers as `form` says
-    share = _share(ids, keep, count, E, form)
-    slope = np.repeat(share.mean(axis=0, keepdims=True), L, axis=0) if form == "concatenated" else share
+    shares = _shares(ids, keep, count, E, form)
+    slope = np.repeat(shares.mean(axis=0, keepdims=True), L, axis=0) if form == "concatenated" else shares
     dprobs = (slope * (dloss * E / (L * max(count, 1)))).astype(logits.dtype)  # (L, E), the same for every token
     dlogits = np.empty(logits.shape, logits.dtype)
-    _backward(np.ascontiguousarray(logits), keep, dprobs, dlogits)
+    _backward(np.ascontiguousarray(logits), keep, dprobs, threads_if(logits.size >= SMALL), dlogits)
     return dlogits
 
 
@@ -55,7 +55,7 @@ def _active(active: Bool[Array, " N"] | None, N: int) -> tuple[Bool[Array, " N"]
     return keep, int(np.count_nonzero(keep))
 
 
-def _share(ids: Int[Array, "L N k"], keep: Bool[Array, " N"], count: int, E: int, form: str) -> Float[Array, "L E"]:
+def _shares(ids: Int[Array, "L N k"], keep: Bool[Array, " N"], count: int, E: int, form: str) -> Float[Array, "L E"]:
     """The shares f summed over the slots that count, in float64."""
     if form not in ("concatenated", "per_layer", "switch"):
         raise ValueError(f"balance form must be concatenated, per_layer or switch, not {form!r}")
@@ -75,15 +75,17 @@ def _count(ids, keep, slots, chosen):
                     chosen[layer, ids[layer, n, slot]] += 1
 
 
-@jit(parallel=True)
-def _sum_probs(logits, keep, total):
+@jit()
+def _sum_probs(logits, keep, threads, total):
     L, blocks, _ = total.shape
-    if logits.size < SMALL:
-        for block in range(L * blocks):
-            _sum_block(logits, keep, block // blocks, block % blocks, total)
-    else:
-        for block in prange(L * blocks):
-            _sum_block(logits, keep, block // blocks, block % blocks, total)
+    share(_sum_blocks, L * blocks, (logits, keep, total), threads)
+
+
+@jit()
+def _sum_blocks(start, stop, logits, keep, total):
+    blocks = total.shape[1]
+    for block in range(start, stop):
+        _sum_block(logits, keep, block // blocks, block % blocks, total)
 
 
 @jit()
@@ -111,16 +113,17 @@ def _softmax(logits, layer, n, probs):
         probs[e] /= total
 
 
-@jit(parallel=True)
-def _backward(logits, keep, dprobs, dlogits):
+@jit()
+def _backward(logits, keep, dprobs, threads, dlogits):
     L, N, _ = logits.shape
-    blocks = (N + TOKENS - 1) // TOKENS
-    if logits.size < SMALL:
-        for block in range(L * blocks):
-            _backward_block(logits, keep, dprobs, block // blocks, block % blocks, dlogits)
-    else:
-        for block in prange(L * blocks):
-            _backward_block(logits, keep, dprobs, block // blocks, block % blocks, dlogits)
+    share(_backward_blocks, L * ((N + TOKENS - 1) // TOKENS), (logits, keep, dprobs, dlogits), threads)
+
+
+@jit()
+def _backward_blocks(start, stop, logits, keep, dprobs, dlogits):
+    blocks = (logits.shape[1] + TOKENS - 1) // TOKENS
+    for block in range(start, stop):
+        _backward_block(logits, keep, dprobs, block // blocks, block % blocks, dlogits)
 
 
 @jit()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import prange
 
-from minimoe.loops import FAST, FMA, exp, jit
+from minimoe.loops import FMA, exp, jit
 from minimoe.shapes import Array, Scalar
+from minimoe.stages import share, threads_if
 
 LANES = 64  # four vectors of 512 bits in float32
 SMALL = 1 << 13  # numbers; below, starting the threads costs more than they save
@@ -22,7 +22,8 @@ def forward(
 ) -> tuple[Scalar, Float[Array, " N"], Float[Array, " N"]]:
     """See the contract."""
     losses, lse = np.empty(logits.shape[0], logits.dtype), np.empty(logits.shape[0], logits.dtype)
-    loss = _forward(np.ascontiguousarray(logits), np.ascontiguousarray(targets, np.int64), losses, lse)
+    logits, targets = np.ascontiguousarray(logits), np.ascontiguousarray(targets, np.int64)
+    loss = _forward(logits, targets, threads_if(logits.size >= SMALL), losses, lse)
     return loss, losses, lse
 
 
@@ -32,20 +33,15 @@ def backward(
     """See the contract."""
     dlogits = np.empty(logits.shape, logits.dtype)
     scale = logits.dtype.type(dloss / max(int(np.count_nonzero(targets >= 0)), 1))
-    targets = np.ascontiguousarray(targets, np.int64)
-    _backward(scale, np.ascontiguousarray(logits), targets, np.ascontiguousarray(lse), dlogits)
+    logits, lse, targets = (*map(np.ascontiguousarray, (logits, lse)), np.ascontiguousarray(targets, np.int64))
+    _backward(scale, logits, targets, lse, threads_if(logits.size >= SMALL), dlogits)
     return dlogits
 
 
-@jit(parallel=True)
-def _forward(logits, targets, losses, lse):
-    N = logits.shape[0]
-    if logits.size < SMALL:
-        for n in range(N):
-            _forward_row(logits, targets, n, losses, lse)
-    else:
-        for n in prange(N):
-            _forward_row(logits, targets, np.int64(n), losses, lse)  # prange counts unsigned: it would be compiled anew
+@jit()
+def _forward(logits, targets, threads, losses, lse):
+    N = len(logits)
+    share(_forward_rows, N, (logits, targets, losses, lse), threads)
     # The mean is added up by one thread, in the order of n, whatever the number of threads.
     total, counted = 0.0, 0
     for n in range(N):
@@ -53,6 +49,12 @@ def _forward(logits, targets, losses, lse):
             total += losses[n]
             counted += 1
     return total / max(counted, 1)
+
+
+@jit()
+def _forward_rows(start, stop, logits, targets, losses, lse):
+    for n in range(start, stop):
+        _forward_row(logits, targets, n, losses, lse)
 
 
 @jit()
@@ -98,15 +100,15 @@ def _row_sum_exp(logits, n, top):
     return total
 
 
-@jit(parallel=True)
-def _backward(scale, logits, targets, lse, dlogits):
-    N = logits.shape[0]
-    if logits.size < SMALL:
-        for n in range(N):
-            _backward_row(scale, logits, targets, lse, n, dlogits)
-    else:
-        for n in prange(N):
-            _backward_row(scale, logits, targets, lse, np.int64(n), dlogits)
+@jit()
+def _backward(scale, logits, targets, lse, threads, dlogits):
+    share(_backward_rows, len(logits), (scale, logits, targets, lse, dlogits), threads)
+
+
+@jit()
+def _backward_rows(start, stop, scale, logits, targets, lse, dlogits):
+    for n in range(start, stop):
+        _backward_row(scale, logits, targets, lse, n, dlogits)
 
 
 @jit()

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import prange
 
 from minimoe.arrays import is_bfloat16
 from minimoe.loops import jit, weight_view, widen
 from minimoe.shapes import Array
+from minimoe.stages import share, threads_if
 
 SMALL = 1 << 15  # numbers; below, starting the threads costs more than they save
 COLUMNS = 32  # per block: two cache lines of float32, so that threads do not write into one line
@@ -22,7 +22,7 @@ COLUMNS = 32  # per block: two cache lines of float32, so that threads do not wr
 def forward(tokens: Int[Array, " N"], table: Float[Array, "V D"]) -> Float[Array, "N D"]:
     """See the contract."""
     x = np.empty((tokens.size, table.shape[1]), np.float32 if is_bfloat16(table) else table.dtype)
-    gather(np.ascontiguousarray(tokens, np.int64), weight_view(table), x)
+    _gather(np.ascontiguousarray(tokens, np.int64), weight_view(table), threads_if(x.size >= SMALL), x)
     return x
 
 
@@ -30,19 +30,20 @@ def backward(dx: Float[Array, "N D"], tokens: Int[Array, " N"], vocab_size: int)
     """See the contract."""
     # forward: x[n] = table[tokens[n]]
     dtable = np.zeros((vocab_size, dx.shape[1]), dx.dtype)
-    _scatter_add(np.ascontiguousarray(dx), np.ascontiguousarray(tokens, np.int64), dtable)
+    dx, tokens = np.ascontiguousarray(dx), np.ascontiguousarray(tokens, np.int64)
+    _scatter_add(dx, tokens, threads_if(dx.size >= SMALL), dtable)
     return dtable
 
 
-@jit(parallel=True)
-def gather(tokens, table, x):
-    N, D = x.shape
-    if N * D < SMALL:
-        for n in range(N):
-            copy_row(tokens, table, n, x)
-    else:
-        for n in prange(N):
-            copy_row(tokens, table, np.int64(n), x)  # prange counts unsigned: that would be compiled anew
+@jit()
+def _gather(tokens, table, threads, x):
+    share(_copy_rows, len(x), (tokens, table, x), threads)
+
+
+@jit()
+def _copy_rows(start, stop, tokens, table, x):
+    for n in range(start, stop):
+        copy_row(tokens, table, n, x)
 
 
 @jit()
@@ -52,19 +53,16 @@ def copy_row(tokens, table, n, x):
         x[n, d] = widen(table[row, d])
 
 
-@jit(parallel=True)
-def _scatter_add(dx, tokens, dtable):
-    N, D = dx.shape
-    if N * D < SMALL:
-        _add_columns(dx, tokens, 0, D, dtable)
-    else:
-        for block in prange((D + COLUMNS - 1) // COLUMNS):
-            _add_columns(dx, tokens, block * COLUMNS, min(D, (block + 1) * COLUMNS), dtable)
+@jit()
+def _scatter_add(dx, tokens, threads, dtable):
+    share(_add_columns, (dx.shape[1] + COLUMNS - 1) // COLUMNS, (dx, tokens, dtable), threads)
 
 
 @jit()
-def _add_columns(dx, tokens, start, stop, dtable):
+def _add_columns(start, stop, dx, tokens, dtable):
+    """Blocks of columns, start to stop."""
+    first, end = start * COLUMNS, min(dx.shape[1], stop * COLUMNS)
     for n in range(tokens.size):
         row = tokens[n]
-        for d in range(start, stop):
+        for d in range(first, end):
             dtable[row, d] += dx[n, d]

@@ -45,7 +45,7 @@ from minimoe.ops.experts import Saved, check_activation
 from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
-from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for, together
+from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for, share, threads_if, together
 from minimoe.tiles import LINE, multiply_ahead
 from minimoe.tiles import ROWS as TILE_ROWS
 
@@ -85,15 +85,16 @@ def forward(
         ys = _forward_many(x, views, segments, F, pairs, k, gelu)
     else:
         xs = np.empty((len(pairs), D), x.dtype)
-        _gather(x, pairs, k, xs)  # (N, D) -> (M, D)
+        threads = threads_if(xs.size >= SMALL)
+        _gather(x, pairs, k, threads, xs)  # (N, D) -> (M, D)
         gate_in, up = (np.empty((len(pairs), F), x.dtype) for _ in range(2))
         halves = ((w1, gate_in), (w3, up))  # each (M_e, D) -> (M_e, F)
         compute([Product([(xs[rows], w[e].T)], y[rows]) for e, rows in segments for w, y in halves])
         hidden = np.empty_like(up)
-        _activate(gate_in, up, gelu, is_bfloat16(w2[0]), hidden)
+        _activate(gate_in, up, gelu, is_bfloat16(w2[0]), threads, hidden)
         ys = xs  # xs is read no more, and has the shape of the results
         compute([Product([(hidden[rows], w2[e].T)], ys[rows]) for e, rows in segments])  # (M_e, F) -> (M_e, D)
-    combine(ys, place, weights, out, slots)
+    _combine(ys, place, weights, threads_if(ys.size >= SMALL), out, slots)
     return out, Saved(pairs, offsets, gate_in, up, slots) if keep else None
 
 
@@ -114,16 +115,17 @@ def backward(
     dout, weights = np.ascontiguousarray(dout), np.ascontiguousarray(weights)
     # forward: out = Σ_slot weights · slots
     dweights = np.empty((N, k), x.dtype)
-    _dot_slots(dout, saved.slots, dweights)
+    threads = threads_if(M * D >= SMALL)
+    _dot_slots(dout, saved.slots, threads, dweights)
     xs, dys = np.empty((M, D), x.dtype), np.empty((M, D), x.dtype)
-    _gather(np.ascontiguousarray(x), pairs, k, xs)
-    _gather_weighted(dout, weights.reshape(-1), pairs, k, dys)
+    _gather(np.ascontiguousarray(x), pairs, k, threads, xs)
+    _gather_weighted(dout, weights.reshape(-1), pairs, k, threads, dys)
     # forward: y = hidden · w2ᵀ, hidden = act(gate_in) ⊙ up
     dhidden = np.empty((M, F), x.dtype)
     segments = _segments(offsets)
     compute([Product([(dys[rows], w2[e])], dhidden[rows]) for e, rows in segments])  # (M_e, D) -> (M_e, F)
     hidden, dgate_in = np.empty_like(dhidden), np.empty_like(dhidden)
-    _activate_backward(saved.gate_in, saved.up, activation == "gelu_tanh", dhidden, hidden, dgate_in)
+    _activate_backward(saved.gate_in, saved.up, activation == "gelu_tanh", threads, dhidden, hidden, dgate_in)
     dup = dhidden
     # forward: gate_in = xe · w1ᵀ, up = xe · w3ᵀ
     dw1, dw2, dw3 = (np.empty((E, *shape), x.dtype) for shape in ((F, D), (D, F), (F, D)))
@@ -140,7 +142,7 @@ def backward(
     compute(products)
     # forward: xe = x[pairs // k]
     dx = np.empty((N, D), x.dtype)
-    _sum_slots(dxs, _places(pairs, N * k).reshape(N, k), dx)
+    _sum_slots(dxs, _places(pairs, N * k).reshape(N, k), threads, dx)
     return dx, dw1, dw2, dw3, dweights
 
 
@@ -195,7 +197,7 @@ def few(x, table, listed, dtype, gelu, pairs, offsets, k, threads, gate_in, up, 
     together(few_stages, (xs, table, dtype, gelu, segments, threads, stages, gate_in, up, hidden, ys), threads)
 
 
-@jit()
+@jit(inline="always")
 def few_segments(x, listed, pairs, offsets, k, xs, segments):
     """Gather the pairs' tokens, list the experts that have any (place in the list, first row, end), count these."""
     for row in range(len(pairs)):
@@ -223,7 +225,7 @@ def few_stages(xs, table, dtype, gelu, segments, threads, stages, gate_in, up, h
         piece = go_on(stages[1], pieces)
 
 
-@jit()
+@jit(inline="always")
 def _hidden_rows(xs, table, dtype, gelu, segments, piece, pieces, gate_in, up, hidden):
     """A piece of the rows of w1, and the same of w3, for all tokens of their experts."""
     F, D, bf16 = gate_in.shape[1], xs.shape[1], holds_bfloat16(dtype)
@@ -237,7 +239,7 @@ def _hidden_rows(xs, table, dtype, gelu, segments, piece, pieces, gate_in, up, h
             _activate_row(gate_in[row, start:stop], up[row, start:stop], gelu, bf16, hidden[row, start:stop])
 
 
-@jit()
+@jit(inline="always")
 def _output_rows(table, dtype, segments, piece, pieces, hidden, ys):
     """A piece of the rows of w2, for all tokens of their experts."""
     F, D = hidden.shape[1], ys.shape[1]
@@ -300,7 +302,7 @@ def _many_stages(x, table, panels, first, dtype, gelu, F, pairs, k, threads, sta
         panel = go_on(stages[3], len(panels))
 
 
-@jit()
+@jit(inline="always")
 def _hidden_blocks(table, first, F, gelu, dtype, threads, stage, xs, hidden):
     """Blocks of rows of w1, and the same of w3: some rows of one expert, then of the next."""
     listed, D, lanes, most, bf16 = len(first) - 1, xs.shape[1], xs.shape[2], 0, holds_bfloat16(dtype)
@@ -327,7 +329,7 @@ def _hidden_blocks(table, first, F, gelu, dtype, threads, stage, xs, hidden):
         block = go_on(stage, blocks)
 
 
-@jit()
+@jit(inline="always")
 def _output_blocks(table, first, dtype, threads, stage, hidden, results):
     """Blocks of rows of w2."""
     listed, D, F = len(first) - 1, results.shape[1], hidden.shape[1]
@@ -389,7 +391,7 @@ def _product(place, scale, rows, start, xs, dtype, after, wide, out):
                     out[panel, i, lane] *= factors[start + i]
 
 
-@jit()
+@jit(inline="always")
 def _load_panel(x, pairs, k, panel, xs):
     """Turn a panel's tokens into lanes; zeros beyond the last."""
     tokens = panel[2] - panel[1]
@@ -401,7 +403,7 @@ def _load_panel(x, pairs, k, panel, xs):
             target[d] = source[d]
 
 
-@jit()
+@jit(inline="always")
 def _store_panel(results, panel, ys):
     for row in range(panel[1], panel[2]):
         source, target = results[:, row - panel[1]], ys[row]
@@ -449,25 +451,38 @@ def _places(pairs, size):
     return place
 
 
-@jit(parallel=True)
-def _gather(x, pairs, k, xs):
-    for row in numba.prange(len(pairs)):
-        source, target = x[pairs[row] // k], xs[row]
-        for d in range(x.shape[1]):
-            target[d] = source[d]
+@jit()
+def _gather(x, pairs, k, threads, xs):
+    share(_gather_rows, len(pairs), (x, pairs, k, xs), threads)
 
 
-@jit(parallel=True)
-def _gather_weighted(dout, weights, pairs, k, dys):
-    for row in numba.prange(len(pairs)):
+@jit()
+def _gather_rows(start, stop, x, pairs, k, xs):
+    for row in range(start, stop):
+        copy(x[pairs[row] // k], xs[row])
+
+
+@jit()
+def _gather_weighted(dout, weights, pairs, k, threads, dys):
+    share(_gather_weighted_rows, len(pairs), (dout, weights, pairs, k, dys), threads)
+
+
+@jit()
+def _gather_weighted_rows(start, stop, dout, weights, pairs, k, dys):
+    for row in range(start, stop):
         source, target, weight = dout[pairs[row] // k], dys[row], weights[pairs[row]]
         for d in range(dout.shape[1]):
             target[d] = weight * source[d]
 
 
-@jit(parallel=True)
-def _activate(gate_in, up, gelu, bf16, hidden):
-    for row in numba.prange(len(up)):
+@jit()
+def _activate(gate_in, up, gelu, bf16, threads, hidden):
+    share(_activate_rows, len(up), (gate_in, up, gelu, bf16, hidden), threads)
+
+
+@jit()
+def _activate_rows(start, stop, gate_in, up, gelu, bf16, hidden):
+    for row in range(start, stop):
         _activate_row(gate_in[row], up[row], gelu, bf16, hidden[row])
 
 
@@ -483,13 +498,18 @@ def _activate_row(gate_in, up, gelu, bf16, hidden):
             hidden[f] = rounded(hidden[f])
 
 
-@jit(parallel=True)
-def _activate_backward(gate_in, up, gelu, dhidden, hidden, dgate_in):
+@jit()
+def _activate_backward(gate_in, up, gelu, threads, dhidden, hidden, dgate_in):
     """Fill hidden and dgate_in, and put dup in the place of dhidden.
 
     Under two names that memory would keep the loop from vectorising: it would look as if one step could feed the next.
     """
-    for row in numba.prange(len(up)):
+    share(_activate_backward_rows, len(up), (gate_in, up, gelu, dhidden, hidden, dgate_in), threads)
+
+
+@jit()
+def _activate_backward_rows(start, stop, gate_in, up, gelu, dhidden, hidden, dgate_in):
+    for row in range(start, stop):
         _activate_row_backward(gate_in[row], up[row], gelu, dhidden[row], hidden[row], dgate_in[row])
 
 
@@ -509,15 +529,16 @@ def _activate_row_backward(g, u, gelu, dh, h, dg):
         dh[f] = dh[f] * act
 
 
-@jit(parallel=True)
-def combine(ys, place, weights, out, slots):
+@jit()
+def _combine(ys, place, weights, threads, out, slots):
     """Weighted sum over k in slot order; keeps the slots too where there is room for them."""
-    if ys.size < SMALL:
-        for n in range(len(place)):
-            combine_token(ys, place, weights, out, slots, n)
-    else:
-        for n in numba.prange(len(place)):
-            combine_token(ys, place, weights, out, slots, np.int64(n))
+    share(_combine_tokens, len(place), (ys, place, weights, out, slots), threads)
+
+
+@jit()
+def _combine_tokens(start, stop, ys, place, weights, out, slots):
+    for n in range(start, stop):
+        combine_token(ys, place, weights, out, slots, n)
 
 
 @jit()
@@ -537,15 +558,19 @@ def combine_token(ys, place, weights, out, slots, n):
                 kept[d] = ys[row, d] if row >= 0 else 0
 
 
-@jit(parallel=True)
-def _sum_slots(dxs, place, out):
+@jit()
+def _sum_slots(dxs, place, threads, out):
     """Sum over k in slot order."""
-    N, k = place.shape
-    for n in numba.prange(N):
+    share(_sum_slots_of_tokens, len(place), (dxs, place, out), threads)
+
+
+@jit()
+def _sum_slots_of_tokens(start, stop, dxs, place, out):
+    for n in range(start, stop):
         total = out[n]
         for d in range(len(total)):
             total[d] = 0
-        for slot in range(k):
+        for slot in range(place.shape[1]):
             row = place[n, slot]
             if row >= 0:
                 y = dxs[row]
@@ -553,10 +578,15 @@ def _sum_slots(dxs, place, out):
                     total[d] += y[d]
 
 
-@jit(parallel=True, fastmath=FAST)
-def _dot_slots(dout, slots, dweights):
-    N, k, D = slots.shape
-    for n in numba.prange(N):
+@jit()
+def _dot_slots(dout, slots, threads, dweights):
+    share(_dot_slots_of_tokens, len(slots), (dout, slots, dweights), threads)
+
+
+@jit(fastmath=FAST)
+def _dot_slots_of_tokens(start, stop, dout, slots, dweights):
+    k, D = slots.shape[1:]
+    for n in range(start, stop):
         for slot in range(k):
             total, dy, y = dout.dtype.type(0), dout[n], slots[n, slot]
             for d in range(D):

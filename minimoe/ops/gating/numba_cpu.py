@@ -6,7 +6,6 @@ a strictly smaller one: of equal logits the lower expert id, which came first, s
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -14,6 +13,7 @@ from minimoe.arrays import is_bfloat16
 from minimoe.loops import dots, exp, jit, weight_view
 from minimoe.products import Product, compute, multiply, operand
 from minimoe.shapes import Array
+from minimoe.stages import share, threads_if
 
 FEW_ROWS = 16  # tokens up to which BLAS takes longer to begin
 MANY_TOKENS = 256  # below, one core chooses before others have woken up
@@ -40,7 +40,7 @@ def forward(
     weights = np.empty(ids.shape, logits.dtype)
     active = np.ones(N, np.bool_) if active is None else np.ascontiguousarray(active, np.bool_)
     allowed = np.ones(E, np.bool_) if allowed is None else np.ascontiguousarray(allowed, np.bool_)
-    choose_all(logits, allowed, active, forced, renormalise, ids, weights)
+    _choose_all(logits, allowed, active, forced, renormalise, threads_if(N >= MANY_TOKENS), ids, weights)
     return logits, ids, weights
 
 
@@ -70,15 +70,15 @@ def few_logits(x, gate, logits):
     dots(x, gate, nothing, nothing, len(gate), logits)
 
 
-@jit(parallel=True)
-def choose_all(logits, allowed, active, forced, renormalise, ids, weights):
-    N = len(logits)
-    if N < MANY_TOKENS:
-        for n in range(N):
-            choose(logits[n], allowed, active[n], forced, renormalise, ids[n], weights[n])
-    else:
-        for n in numba.prange(N):
-            choose(logits[n], allowed, active[n], forced, renormalise, ids[n], weights[n])
+@jit()
+def _choose_all(logits, allowed, active, forced, renormalise, threads, ids, weights):
+    share(_choose_rows, len(logits), (logits, allowed, active, forced, renormalise, ids, weights), threads)
+
+
+@jit()
+def _choose_rows(start, stop, logits, allowed, active, forced, renormalise, ids, weights):
+    for n in range(start, stop):
+        choose(logits[n], allowed, active[n], forced, renormalise, ids[n], weights[n])
 
 
 @jit()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import prange
 
 from minimoe.loops import jit, storage, stored
 from minimoe.shapes import Array
+from minimoe.stages import share, threads_if
 
 SMALL = 1 << 15  # numbers; below, starting the threads costs more than they save
 
@@ -25,7 +25,8 @@ def forward(
 ) -> None:
     """See the contract."""
     new_k, new_v = storage(np.ascontiguousarray(k)), storage(np.ascontiguousarray(v))
-    _write(storage(k_cache), storage(v_cache), new_k, new_v, np.ascontiguousarray(positions, np.int64))
+    positions = np.ascontiguousarray(positions, np.int64)
+    _write(storage(k_cache), storage(v_cache), new_k, new_v, positions, threads_if(k.size >= SMALL))
 
 
 def write_positions(cache_positions: Int[Array, "B R"], positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -42,7 +43,7 @@ def backward(
     B, _, K, C = dk_cache.shape
     dk = np.zeros((B, positions.shape[1], K, C), dk_cache.dtype)
     dv = np.zeros_like(dk)
-    _take(dk_cache, dv_cache, dk, dv, np.ascontiguousarray(positions, np.int64))
+    _take(dk_cache, dv_cache, dk, dv, np.ascontiguousarray(positions, np.int64), threads_if(dk.size >= SMALL))
     return dk, dv
 
 
@@ -55,19 +56,17 @@ def _oldest_kept(positions, b, R):
     return max(newest - R + 1, 0)
 
 
-@jit(parallel=True)
-def _write(k_cache, v_cache, k, v, positions):
-    B, T, _, _ = k.shape
-    if k.size < SMALL:
-        for b in range(B):
-            oldest = _oldest_kept(positions, b, k_cache.shape[1])
-            for t in range(T):
-                _write_token(k_cache, v_cache, k, v, positions, b, t, oldest)
-    else:
-        for b in range(B):
-            oldest = _oldest_kept(positions, b, k_cache.shape[1])
-            for t in prange(T):
-                _write_token(k_cache, v_cache, k, v, positions, b, np.int64(t), oldest)
+@jit()
+def _write(k_cache, v_cache, k, v, positions, threads):
+    for b in range(len(k)):
+        oldest = _oldest_kept(positions, b, k_cache.shape[1])
+        share(_write_tokens, k.shape[1], (k_cache, v_cache, k, v, positions, b, oldest), threads)
+
+
+@jit()
+def _write_tokens(start, stop, k_cache, v_cache, k, v, positions, b, oldest):
+    for t in range(start, stop):
+        _write_token(k_cache, v_cache, k, v, positions, b, t, oldest)
 
 
 @jit()
@@ -94,19 +93,17 @@ def write_all_positions(cache_positions, positions, slots):
                 cache_positions[b, slots[b, t]] = positions[b, t]
 
 
-@jit(parallel=True)
-def _take(dk_cache, dv_cache, dk, dv, positions):
-    B, T, _, _ = dk.shape
-    if dk.size < SMALL:
-        for b in range(B):
-            oldest = _oldest_kept(positions, b, dk_cache.shape[1])
-            for t in range(T):
-                _take_token(dk_cache, dv_cache, dk, dv, positions, b, t, oldest)
-    else:
-        for b in range(B):
-            oldest = _oldest_kept(positions, b, dk_cache.shape[1])
-            for t in prange(T):
-                _take_token(dk_cache, dv_cache, dk, dv, positions, b, np.int64(t), oldest)
+@jit()
+def _take(dk_cache, dv_cache, dk, dv, positions, threads):
+    for b in range(len(dk)):
+        oldest = _oldest_kept(positions, b, dk_cache.shape[1])
+        share(_take_tokens, dk.shape[1], (dk_cache, dv_cache, dk, dv, positions, b, oldest), threads)
+
+
+@jit()
+def _take_tokens(start, stop, dk_cache, dv_cache, dk, dv, positions, b, oldest):
+    for t in range(start, stop):
+        _take_token(dk_cache, dv_cache, dk, dv, positions, b, t, oldest)
 
 
 @jit()

@@ -90,7 +90,7 @@ def few_stage(x, table, dtype, threads, stage, out):
         piece = go_on(stage, pieces)
 
 
-@jit()
+@jit(inline="always")
 def _rows(x, table, dtype, out, piece, pieces):
     """A piece of the rows; results of a weight lie after those of the weight before it."""
     N, start, before, total = x.shape[0], 0, 0, 0

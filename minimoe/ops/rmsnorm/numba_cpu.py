@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from numba import prange
 
 from minimoe.loops import FAST, jit, weight_view, widen
 from minimoe.shapes import Array
+from minimoe.stages import share, threads_if
 
 SMALL = 1 << 14  # numbers; below, starting the threads costs more than they save
 ROWS = 64  # per block of the backward
@@ -25,7 +25,7 @@ def forward(
     added = rows[:0] if residual is None else np.ascontiguousarray(residual)
     y, r = np.empty(x.shape, x.dtype), np.empty(x.shape[0], x.dtype)
     h = rows if residual is None else np.empty(x.shape, x.dtype)
-    norm_rows(rows, added, weight_view(weight), eps, y, h, r)
+    _norm(rows, added, weight_view(weight), eps, threads_if(x.size >= SMALL), y, h, r)
     return y, x if residual is None else h, r
 
 
@@ -43,20 +43,20 @@ def backward(
     dweight = np.zeros(D, h.dtype)
     dy, h, r = np.ascontiguousarray(dy), np.ascontiguousarray(h), np.ascontiguousarray(r)
     dh = h[:0] if dh is None else np.ascontiguousarray(dh)
-    _backward(dy, h, weight_view(weight), r, dh, dx, partial, dweight)
+    _backward(dy, h, weight_view(weight), r, dh, threads_if(h.size >= SMALL), dx, partial, dweight)
     return dx, dweight
 
 
-@jit(parallel=True)
-def norm_rows(x, residual, weight, eps, y, h, r):
+@jit()
+def _norm(x, residual, weight, eps, threads, y, h, r):
     """h = x + residual; without one (no rows) h is x already."""
-    N, D = x.shape
-    if N * D < SMALL:
-        for n in range(N):
-            norm_row(x, residual, weight, eps, n, y, h, r)
-    else:
-        for n in prange(N):
-            norm_row(x, residual, weight, eps, np.int64(n), y, h, r)  # prange counts unsigned: compiled anew
+    share(_norm_rows, len(x), (x, residual, weight, eps, y, h, r), threads)
+
+
+@jit()
+def _norm_rows(start, stop, x, residual, weight, eps, y, h, r):
+    for n in range(start, stop):
+        norm_row(x, residual, weight, eps, n, y, h, r)
 
 
 @jit()
@@ -79,26 +79,20 @@ def norm_row(x, residual, weight, eps, n, y, h, r):
         y[n, d] = h[n, d] * scale * widen(weight[d])
 
 
-@jit(parallel=True)
-def _backward(dy, h, weight, r, dh, dx, partial, dweight):
+@jit()
+def _backward(dy, h, weight, r, dh, threads, dx, partial, dweight):
     """`dh` has no rows where there is none."""
-    N, D = h.shape
-    blocks = partial.shape[0]
-    if N * D < SMALL:
-        for block in range(blocks):
-            _backward_block(dy, h, weight, r, dh, dx, partial, block)
-    else:
-        for block in prange(blocks):
-            _backward_block(dy, h, weight, r, dh, dx, partial, np.int64(block))
+    blocks, D = partial.shape
+    share(_backward_blocks, blocks, (dy, h, weight, r, dh, dx, partial), threads)
     for block in range(blocks):
         for d in range(D):
             dweight[d] += partial[block, d]
 
 
 @jit()
-def _backward_block(dy, h, weight, r, dh, dx, partial, block):
-    for n in range(block * ROWS, min(len(h), (block + 1) * ROWS)):
-        _backward_row(dy, h, weight, r, n, dx, partial, block)
+def _backward_blocks(start, stop, dy, h, weight, r, dh, dx, partial):
+    for n in range(start * ROWS, min(len(h), stop * ROWS)):
+        _backward_row(dy, h, weight, r, n, dx, partial, n // ROWS)
         if len(dh) > 0:
             _add_row(dx, dh, n, dx)
 

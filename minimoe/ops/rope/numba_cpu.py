@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import prange
 
 from minimoe.loops import jit, storage, stored
 from minimoe.shapes import Array
+from minimoe.stages import share, threads_if
 
 SMALL = 1 << 15  # numbers; below, starting the threads costs more than they save
 
@@ -32,7 +32,8 @@ def _frequency(head_dim: int, theta: float) -> Float[Array, " c"]:
 def forward(x: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Array, "N c"]) -> Float[Array, "N H C"]:
     """See the contract."""
     y = np.empty(x.shape, x.dtype)
-    _rotate(np.ascontiguousarray(x), np.ascontiguousarray(cos), np.ascontiguousarray(sin), y)
+    x, cos, sin = (np.ascontiguousarray(array) for array in (x, cos, sin))
+    _rotate(x, cos, sin, threads_if(x.size >= SMALL), y)
     return y
 
 
@@ -60,15 +61,15 @@ def backward(dy: Float[Array, "N H C"], cos: Float[Array, "N c"], sin: Float[Arr
     return forward(dy, cos, -sin)
 
 
-@jit(parallel=True)
-def _rotate(x, cos, sin, y):
-    N = x.shape[0]
-    if x.size < SMALL:
-        for n in range(N):
-            _rotate_token(x, cos, sin, n, y)
-    else:
-        for n in prange(N):
-            _rotate_token(x, cos, sin, np.int64(n), y)  # prange counts unsigned: that would be compiled anew
+@jit()
+def _rotate(x, cos, sin, threads, y):
+    share(_rotate_tokens, len(x), (x, cos, sin, y), threads)
+
+
+@jit()
+def _rotate_tokens(start, stop, x, cos, sin, y):
+    for n in range(start, stop):
+        _rotate_token(x, cos, sin, n, y)
 
 
 @jit()

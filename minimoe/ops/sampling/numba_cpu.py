@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import prange
 
 from minimoe.loops import jit
 from minimoe.shapes import Array
+from minimoe.stages import share, threads_if
 
 SMALL = 1 << 12  # numbers; below, starting the threads costs more than they save
 DIGIT = 11  # bits per pass: 2048 counters fit into the first-level cache
@@ -31,19 +31,20 @@ def forward(
     probs = np.exp(scaled)
     probs = probs / probs.sum(axis=-1, keepdims=True)
     ids = np.empty(logits.shape[0], np.int64)
-    _draw(np.ascontiguousarray(probs), float(top_p), np.ascontiguousarray(uniform, np.float64), ids)
+    threads = threads_if(len(ids) > 1 and probs.size >= SMALL)
+    _draw(np.ascontiguousarray(probs), float(top_p), np.ascontiguousarray(uniform, np.float64), threads, ids)
     return ids
 
 
-@jit(parallel=True)
-def _draw(probs, top_p, uniform, ids):
-    B = probs.shape[0]
-    if B == 1 or probs.size < SMALL:
-        for b in range(B):
-            ids[b] = _draw_row(probs[b], top_p, uniform[b])
-    else:
-        for b in prange(B):
-            ids[b] = _draw_row(probs[b], top_p, uniform[b])
+@jit()
+def _draw(probs, top_p, uniform, threads, ids):
+    share(_draw_rows, len(ids), (probs, top_p, uniform, ids), threads)
+
+
+@jit()
+def _draw_rows(start, stop, probs, top_p, uniform, ids):
+    for b in range(start, stop):
+        ids[b] = _draw_row(probs[b], top_p, uniform[b])
 
 
 @jit()
