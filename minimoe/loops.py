@@ -37,7 +37,7 @@ FAST = {"nsz", "arcp", "contract", "afn", "reassoc"}
 FMA = FAST - {"reassoc"}  # for elementwise loops, which need no other order of additions
 # One number at a time, and called in the innermost loops: LLVM puts such a function in its caller's place. Numba's own
 # inlining would infer its types anew in each caller, which took longer than all else in compiling some of them.
-INLINED = {"forceinline": True, "error_model": "numpy"}
+INLINED = {"forceinline": True, "error_model": "numpy", "fastmath": False}  # unsaid, it is what the first caller has
 
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 
@@ -74,8 +74,8 @@ def _cached_in_folder() -> Iterator[None]:
 def jit(**options: Any) -> Callable[[F], F]:
     """Compile with Numba at the first call: no GIL, cached in `cache_folder`, without changing Numba's own settings.
 
-    A function is compiled by itself and then once more in each that calls it, and in each that calls that one: whatever
-    is large and called in one place only says `inline="always"`, and is compiled there alone.
+    A function is compiled by itself and then once more in each that calls it, and in each that calls that one. What is
+    large and called in one place only says `inline="always"`: then it is compiled there alone.
     """
 
     def decorate(function: F) -> F:
@@ -100,7 +100,7 @@ def by_address(signature: Any) -> Callable[[F], Any]:
 
 @intrinsic
 def call(typingctx, function, *arguments):
-    """Call the function at an address, made by `by_address` to take int64 numbers."""
+    """Call the function at an address, which takes int64 numbers (see `by_address`, `stages.together`)."""
 
     def codegen(context, builder, signature, args):
         numbers = cgutils.unpack_tuple(builder, args[1])
@@ -287,7 +287,7 @@ def address(x: Array | None) -> int:
 
 @jit()
 def copy(source, target):
-    """Copy a row. To assign one array to another, Numba compiles the message that their shapes differ: seconds."""
+    """Copy a row: target[:] = source, for which Numba compiles a check of shapes, and its message takes seconds."""
     for i in range(len(target)):
         target[i] = source[i]
 

@@ -12,10 +12,11 @@ piece of this one is done:
 
 A thread that comes late finds the work done by others; none ever waits for a piece that nobody has begun. So one
 thread that runs is enough, whatever number was asked for; and what thread does a piece must make no difference to its
-numbers. A piece must not raise: it would never be done.
+numbers. A piece must not raise: it would never be done, and others would wait for it.
 
 `together` lets threads enter, from jitted code: each calls the same function with the same arguments, and finds by the
-counters of stages what there is to do. Where rows do not depend on each other, `share` deals them out beforehand.
+counters of stages what there is to do. Where rows do not depend on each other, `share` deals them out beforehand. Who
+calls jitted code that uses these asks Numba for the number of threads first (see `threads_if`).
 
 They wait by looking again and again, as most stages take less time than it does to wake up. After LOOKS they offer
 their core to others at each look: one of those may be the thread that they wait for.
@@ -58,7 +59,7 @@ def pieces_for(threads):
 
 @jit()
 def take(stage, pieces):
-    """Take a piece of a stage for whose end nobody waits; NONE where all have been taken."""
+    """Take a piece of a stage, or NONE where all have been taken; who waits for nobody need not say that it is done."""
     piece = _add_one(stage[0].ctypes.data)
     return piece if piece < pieces else NONE
 
@@ -100,14 +101,14 @@ def done(stage):
 
 @jit(parallel=True)
 def enter(function, argument, threads):
-    """Call the function at an address, which takes one int64 (see `loops.by_address`), once for each thread."""
+    """Call the function at an address, which takes one int64, once for each thread."""
     for _ in numba.prange(threads):
         call(function, argument)
 
 
 @jit(parallel=True)
 def _enter_with_rows(function, argument, rows, threads):
-    """The same, and let each thread know its part of the rows."""
+    """Call the function at an address, which takes `argument`, start and stop, for each thread's part of the rows."""
     for i in numba.prange(threads):
         part = np.int64(i)  # prange counts unsigned
         call(function, argument, rows * part // threads, rows * (part + 1) // threads)
@@ -124,7 +125,7 @@ def together(typingctx: Any, function: Any, arguments: Any, threads: Any) -> Any
     Raises
     ------
     MemoryError
-        If a call raised anything: memory is all that jitted loops can lack.
+        If a call raised anything, outside of pieces for which others wait: memory is all that jitted loops can lack.
     """
     lower = _entered(typingctx, function, arguments, enter, [])
 
@@ -146,15 +147,22 @@ def share(typingctx: Any, function: Any, rows: Any, arguments: Any, threads: Any
 
 
 def threads_if(worth: bool) -> int:
-    """Return how many threads are to share a loop: as many as Numba is held to, or one where it is not worth more."""
-    return int(numba.get_num_threads()) if worth else 1
+    """Return how many threads are to share a loop: as many as Numba is held to, or one where it is not worth more.
+
+    To ask Numba also loads its threads, as must be done before a function that uses `together` or `share`, even with
+    one thread, is read from the cache: Numba does so by itself only for what has a parallel loop of its own.
+    """
+    threads = int(numba.get_num_threads())
+    return threads if worth else 1
 
 
 def _entered(typingctx: Any, function: Any, arguments: Any, driver: Any, leading: list[Any]) -> Callable[..., Any]:
-    """What `together` and `share` have in common: return what writes the code.
+    """What `together` and `share` have in common: return what writes the code, in LLVM's language.
 
-    The arguments are put into a record, in the caller's frame, and last of all whether a call has failed. A function
-    around the given one, which is called at its address, takes that of the record and the `leading` numbers.
+    record = (*arguments, failed = 0)                   in the frame of the caller, who waits until all have ended
+    around(address of record, *leading):                what threads call at its address
+        function(*leading, *arguments)                  which may raise: then failed = 1
+    driver(address of around, address of record, …)     the parallel loop; with one thread, around itself
     """
     kinds = [types.unliteral(kind) for kind in arguments.types]
     inner = function.get_call_type(typingctx, (*leading, *kinds), {})
@@ -167,8 +175,8 @@ def _entered(typingctx: Any, function: Any, arguments: Any, driver: Any, leading
         context.add_linking_libs([compiled.library, *loop.libs])
         record = ir.LiteralStructType([*map(context.get_value_type, kinds), _INT64])
 
-        def field(builder: Any, record: Any, i: int) -> Any:
-            return cgutils.gep_inbounds(builder, record, 0, i)
+        def field(builder: Any, place: Any, i: int) -> Any:
+            return cgutils.gep_inbounds(builder, place, 0, i)
 
         name = builder.module.get_unique_name(f"minimoe.{function.dispatcher.py_func.__name__}")
         around = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_INT64] * (1 + len(leading))), name)
@@ -189,8 +197,8 @@ def _entered(typingctx: Any, function: Any, arguments: Any, driver: Any, leading
             builder.store(context.cast(builder, value, have, kinds[i]), field(builder, held, i))
         builder.store(ir.Constant(_INT64, 0), field(builder, held, len(kinds)))
         place = builder.ptrtoint(held, _INT64)
-        with builder.if_else(builder.icmp_signed("<=", threads, ir.Constant(_INT64, 1))) as (alone, by_all):
-            with alone:
+        with builder.if_else(builder.icmp_signed("<=", threads, ir.Constant(_INT64, 1))) as (by_one, by_all):
+            with by_one:
                 builder.call(around, [place, *[ir.Constant(_INT64, 0)] * len(sizes), *sizes])
             with by_all:
                 loop(builder, [builder.ptrtoint(around, _INT64), place, *sizes, threads])

@@ -1,11 +1,38 @@
 """Threads that meet between stages: every piece is done once, and in no stage before the one before it is over."""
 
+import os
+import subprocess
+import sys
+
 import numba
 import numpy as np
 import pytest
 
 from minimoe.loops import dots, jit, part_of, quads
 from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, pieces_for, share, take, threads_if, together
+
+# A loop of one thread, in a fresh process: what it calls is compiled, or read from the cache.
+EMBEDDING = """
+import sys
+import numpy as np
+from minimoe.arrays import BFLOAT16
+from minimoe.ops.embedding import numba_cpu
+dtype = BFLOAT16 if sys.argv[1] == "bfloat16" else sys.argv[1]
+x = numba_cpu.forward(np.ones(1, np.int64), np.arange(6).reshape(2, 3).astype(dtype))
+assert x.tolist() == [[3, 4, 5]]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_loaded():
+    threads_if(True)
+
+
+def test_loops_read_from_the_cache_find_numbas_threads(tmp_path):
+    # The second process finds the drivers in the cache; what it compiles there refers to threads that it need not load.
+    for dtype in ("float32", "bfloat16", "bfloat16", "float32"):
+        environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", EMBEDDING, dtype], env=environment, check=True)
 
 
 @jit()

@@ -242,7 +242,7 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, out, lse, dq
 @jit()
 def _range(positions):
     """The smallest and the largest of some positions."""
-    early, late = positions[0], positions[0]
+    early, late = np.int64(UNBOUNDED), np.int64(-1)
     for t in range(len(positions)):
         early, late = min(early, positions[t]), max(late, positions[t])
     return early, late

@@ -85,7 +85,7 @@ def forward(
         ys = _forward_many(x, views, segments, F, pairs, k, gelu)
     else:
         xs = np.empty((len(pairs), D), x.dtype)
-        threads = threads_if(xs.size >= SMALL)
+        threads = threads_if(len(pairs) * F >= SMALL)
         _gather(x, pairs, k, threads, xs)  # (N, D) -> (M, D)
         gate_in, up = (np.empty((len(pairs), F), x.dtype) for _ in range(2))
         halves = ((w1, gate_in), (w3, up))  # each (M_e, D) -> (M_e, F)
@@ -115,7 +115,7 @@ def backward(
     dout, weights = np.ascontiguousarray(dout), np.ascontiguousarray(weights)
     # forward: out = Σ_slot weights · slots
     dweights = np.empty((N, k), x.dtype)
-    threads = threads_if(M * D >= SMALL)
+    threads = threads_if(M * F >= SMALL)
     _dot_slots(dout, saved.slots, threads, dweights)
     xs, dys = np.empty((M, D), x.dtype), np.empty((M, D), x.dtype)
     _gather(np.ascontiguousarray(x), pairs, k, threads, xs)
@@ -197,7 +197,7 @@ def few(x, table, listed, dtype, gelu, pairs, offsets, k, threads, gate_in, up, 
     together(few_stages, (xs, table, dtype, gelu, segments, threads, stages, gate_in, up, hidden, ys), threads)
 
 
-@jit(inline="always")
+@jit()
 def few_segments(x, listed, pairs, offsets, k, xs, segments):
     """Gather the pairs' tokens, list the experts that have any (place in the list, first row, end), count these."""
     for row in range(len(pairs)):

@@ -125,7 +125,7 @@ def _top(logits, allowed, ids, values):
 
 @jit()
 def _largest(logits):
-    """NaN where any is: like NumPy's, whose like Numba takes longer to compile than all else here."""
+    """The largest logit, NaN if any is: logits.max(), which takes longer to compile than all else here."""
     top = logits[0]
     for e in range(1, len(logits)):
         top = logits[e] if logits[e] > top or logits[e] != logits[e] else top
