@@ -16,7 +16,9 @@ import numpy as np
 import minimoe
 from minimoe.cli import ahead
 from minimoe.ops.attention.numba_cpu import few as attention
-from minimoe.ops.experts.numba_cpu import few
+from minimoe.ops.experts.numba_cpu import few, many
+ahead._decode_a_step("bfloat16")
+assert not many.signatures
 ahead._read_a_prompt("bfloat16")
 before, attended = list(few.signatures), list(attention.signatures)
 minimoe.load("tiny", backend="numba", dtype="bfloat16").generate_ids(np.zeros((1, 4), np.int64), max_new_tokens=1)
