@@ -16,7 +16,7 @@ from minimoe import threads
 from minimoe.backends import make_backend
 from minimoe.bench import machine
 from minimoe.bench.limits import PROBES, device_of, held_to
-from minimoe.bench.measure import rounds, turn
+from minimoe.bench.measure import rounds
 from minimoe.bench.models import Source
 from minimoe.bench.plan import Order
 from minimoe.bench.report import digits, percent
@@ -101,7 +101,7 @@ def _points(backend: str, dtype: str, count: int, say: Callable[[str], None]) ->
             workload = Filled(ops, sized, params[E], task("decode", sized, B, T))
             work = workload.work()
             turns: dict[str, Callable[[], float]] = {
-                "bandwidth": probe.bandwidth, "rate": partial(probe.rate, dtype), "ours": partial(turn, workload.run),
+                "bandwidth": probe.bandwidth, "rate": partial(probe.rate, dtype), "ours": workload.run,
             }  # fmt: skip
             samples = rounds(count, turns)
             bounds = [

@@ -30,13 +30,13 @@ _PARTS = 64
 
 
 class Probe(Protocol):
-    """Measures one device; every call is one measurement."""
+    """Measures one device; every call is one measurement, of which there should be several (see `measure.turn`)."""
 
     def bandwidth(self) -> float:
         """Bytes per second, reading READ_BYTES once."""
 
     def rate(self, dtype: str) -> float:
-        """Floating-point operations per second of the fastest product with weights stored in `dtype`."""
+        """Floating-point operations per second of a product with weights stored in `dtype`."""
 
 
 class CpuProbe:
@@ -56,22 +56,22 @@ class CpuProbe:
         self.bandwidth()  # compiles
 
     def bandwidth(self) -> float:
-        """Read the gigabyte three times; the fastest counts, as what disturbs only ever slows down."""
-        times = [_timed(lambda: _sum_parts(self._read, self._sums)) for _ in range(3)]
+        """Read the gigabyte."""
+        seconds = _timed(lambda: _sum_parts(self._read, self._sums))
         assert self._sums.sum(dtype=np.float64) == self._total, "the read test did not read everything"
-        return READ_BYTES / min(times)
+        return READ_BYTES / seconds
 
     def rate(self, dtype: str) -> float:
-        """Multiply twice each way there is; the fastest time counts.
+        """Multiply each way there is; the faster counts.
 
         Narrow weights have two ways: widened by us, or, where a model would keep them so, as float32 by BLAS.
         """
         left = self._left64 if dtype == "float64" else self._left
         out = np.empty((SIDE, SIDE), left.dtype)
         right = self._right.get(dtype, self._right["float32"])
-        times = [_timed(lambda: np.matmul(left, right.T, out=out)) for _ in range(3)]
+        times = [_timed(lambda: np.matmul(left, right.T, out=out))]
         if dtype in self._narrow:
-            times += [_timed(lambda: compute([Product([(left, self._narrow[dtype])], out)])) for _ in range(2)]
+            times += [_timed(lambda: compute([Product([(left, self._narrow[dtype])], out)]))]
         return 2 * SIDE**3 / min(times)
 
 

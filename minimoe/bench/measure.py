@@ -1,4 +1,9 @@
-"""Rounds: everything that is compared takes its turn in each, so that what disturbs the machine disturbs all alike."""
+"""Rounds: everything that is compared takes its turn in each, so that what disturbs the machine disturbs all alike.
+
+A turn gives a median, of a limit of the machine as of what is held against it. A best would be unlike from one to the
+other: of many short reads it is the machine's best moment, and of one prompt of two seconds the machine as it usually
+is. Beside the best of three reads of 40 ms, a loop that did no more than read came to 0.7 of the limit on a busy host.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,7 @@ from time import perf_counter, sleep
 
 import numpy as np
 
-BURST = 0.2  # seconds that a turn lasts at least
+BURST = 0.5  # seconds that a turn lasts at least
 NOISY = 0.15  # a spread above this is said
 _SETTLE = 0.1  # seconds between turns: so long do BLAS's threads go on spinning, and take cores from the next
 
@@ -36,28 +41,25 @@ class Samples:
         return {"median": self.median, "low": float(low), "high": float(high)}
 
 
-def turn(run: Callable[[], float]) -> float:
-    """Run for at least BURST seconds; return the shortest time of one run, the first left out if there are others.
-
-    What disturbs a run only ever makes it longer.
-    """
+def turn(measure: Callable[[], float]) -> float:
+    """Measure for at least BURST seconds; return the median, the first left out if there are others."""
     start = perf_counter()
-    times = [run()]
+    found = [measure()]
     if perf_counter() - start < BURST:
-        times = []  # that was to warm up
-    while perf_counter() - start < BURST or not times:
-        times.append(run())
-    return min(times)
+        found = []  # that was to warm up
+    while perf_counter() - start < BURST or not found:
+        found.append(measure())
+    return float(np.median(found))
 
 
 def rounds(count: int, turns: Mapping[str, Callable[[], float]]) -> dict[str, Samples]:
-    """Take all turns `count` times, every other round in reverse; return the samples of each."""
+    """Give each its `turn` in every one of `count` rounds, every other in reverse; return the samples of each."""
     found: dict[str, list[float]] = {name: [] for name in turns}
     for i in range(count):
         order = list(turns.items())
-        for name, take in order if i % 2 == 0 else order[::-1]:
+        for name, measure in order if i % 2 == 0 else order[::-1]:
             sleep(_SETTLE)
-            found[name].append(take())
+            found[name].append(turn(measure))
     return {name: Samples(values) for name, values in found.items()}
 
 

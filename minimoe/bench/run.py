@@ -130,9 +130,9 @@ def _measure_task(
     for name, probe in probes.items():
         turns[f"bandwidth {name}"] = probe.bandwidth
         turns[f"rate {name}"] = partial(probe.rate, source.dtype)
-    turns |= {name: partial(turn, workload.run) for name, workload in ours.items()}
+    turns |= {name: workload.run for name, workload in ours.items()}
     if theirs is not None:
-        turns["peer"] = partial(turn, theirs.run)
+        turns["peer"] = theirs.run
     samples = rounds(order.rounds, turns)
     found = []
     for name, workload in ours.items():
@@ -194,11 +194,10 @@ def _profiled(
     """The time of every op, beside the limits measured before and after."""
     ops = make_backend(backend)
     probe = probes[limits.device_of(ops.name)]
-    measured = [(probe.bandwidth(), probe.rate(source.dtype))]
+    limits_of = {"bandwidth": probe.bandwidth, "rate": partial(probe.rate, source.dtype)}
+    before = {name: turn(measure) for name, measure in limits_of.items()}
     times = profile(ops, source.config, _on(ops, params), wanted)
-    measured.append((probe.bandwidth(), probe.rate(source.dtype)))
-    bandwidth, rate = (max(values) for values in zip(*measured, strict=True))  # what disturbs only slows down
-    roof = {"bandwidth": bandwidth, "rate": rate}
+    roof = {name: (before[name] + turn(measure)) / 2 for name, measure in limits_of.items()}
     about = {"what": wanted.what} | _about(source, backend, *wanted.prompt.shape) | roof
     return [about | dataclasses.asdict(one) for one in times]
 

@@ -138,8 +138,8 @@ class Theirs:
         """Floating-point operations per second of torch's own matrix product."""
         torch = self._torch
         a, b = (torch.randn(side, side, device=self._device).to(getattr(torch, dtype)) for _ in range(2))
-        times = [self._timed(lambda: torch.nn.functional.linear(a, b))[0] for _ in range(3)]
-        return float(2 * side**3 / min(times))
+        times = [self._timed(lambda: torch.nn.functional.linear(a, b))[0] for _ in range(4)]
+        return float(2 * side**3 / np.median(times[1:]))
 
     def _first(self) -> Any:
         """(B, V) logits after the prompt, which is read into a cache; (B, 1) the best tokens if they are wanted."""

@@ -39,20 +39,18 @@ class GpuProbe:
         self._matrices: dict[str, tuple[Array, Array]] = {}
 
     def bandwidth(self) -> float:
-        """Read everything five times; the fastest counts, as what disturbs only ever slows down."""
+        """Read everything."""
         vectors = self._read.size // 4
 
-        def read() -> None:
-            cuda.launch(KERNELS, "read_all<float>", len(self._sums), _THREADS, [self._read, self._sums, vectors])
-
-        seconds = min(self._timed(read) for _ in range(5))
+        arguments = [self._read, self._sums, vectors]
+        seconds = self._timed(lambda: cuda.launch(KERNELS, "read_all<float>", len(self._sums), _THREADS, arguments))
         assert self._sums.get().sum(dtype=np.float64) == self._total, "the read test did not read everything"
         return float(self._read.nbytes / seconds)
 
     def rate(self, dtype: str) -> float:
-        """Multiply three times; the fastest counts."""
+        """Multiply."""
         x, w = self._operands(dtype)
-        seconds = min(self._timed(lambda: cuda.product(x, w)) for _ in range(3))
+        seconds = self._timed(lambda: cuda.product(x, w))
         return float(2 * SIDE**3 / seconds)
 
     def _operands(self, dtype: str) -> tuple[Array, Array]:
