@@ -304,21 +304,21 @@ def _many_stages(x, table, panels, first, dtype, gelu, F, pairs, k, threads, sta
 
 @jit(inline="always")
 def _hidden_blocks(table, first, F, gelu, dtype, threads, stage, xs, hidden):
-    """Blocks of rows of w1, and the same of w3: some rows of one expert, then of the next."""
+    """Blocks of rows of w1, and the same of w3: all of one expert, whose tokens stay in a cache, then of the next."""
     listed, D, lanes, most, bf16 = len(first) - 1, xs.shape[1], xs.shape[2], 0, holds_bfloat16(dtype)
     for i in range(listed):
         most = max(most, first[i + 1] - first[i])
     gate_in, up = np.empty((most, CHUNK, lanes), xs.dtype), np.empty((most, CHUNK, lanes), xs.dtype)
     wide = np.empty((CHUNK, STRETCH + 16), xs.dtype)
-    blocks = listed * ((F + CHUNK - 1) // CHUNK)
+    each = (F + CHUNK - 1) // CHUNK
+    blocks = listed * each
     block = begin(stage, blocks)
     while block != NONE:
-        i, start = block % listed, CHUNK * (block // listed)
+        i, start = block // each, CHUNK * (block % each)
         stop, mine = min(start + CHUNK, F), xs[first[i] : first[i + 1]]
-        following = block + threads  # probably; only a guess at what is to be asked for
-        row = np.int64(CHUNK * (following // listed))
+        following = min(block + threads, blocks - 1)  # probably; only a guess at what is to be asked for
         w1, w3 = table[0, 0, i], table[0, 2, i]
-        after = _row_at(table[0, 0, following % listed], row if row < F else 0, D, dtype)
+        after = _row_at(table[0, 0, following // each], CHUNK * (following % each), D, dtype)
         g, u = gate_in[: len(mine), : stop - start], up[: len(mine), : stop - start]
         _product(w1, table[1, 0, i], F, start, mine, dtype, _row_at(w3, start, D, dtype), wide, g)
         _product(w3, table[1, 2, i], F, start, mine, dtype, after, wide, u)
@@ -331,17 +331,17 @@ def _hidden_blocks(table, first, F, gelu, dtype, threads, stage, xs, hidden):
 
 @jit(inline="always")
 def _output_blocks(table, first, dtype, threads, stage, hidden, results):
-    """Blocks of rows of w2."""
+    """Blocks of rows of w2, in the same order: with some rows of each expert in turn it took a fifth longer."""
     listed, D, F = len(first) - 1, results.shape[1], hidden.shape[1]
     wide = np.empty((CHUNK, STRETCH + 16), hidden.dtype)
-    blocks = listed * ((D + CHUNK - 1) // CHUNK)
+    each = (D + CHUNK - 1) // CHUNK
+    blocks = listed * each
     block = begin(stage, blocks)
     while block != NONE:
-        i, start = block % listed, CHUNK * (block // listed)
-        following = block + threads
+        i, start = block // each, CHUNK * (block % each)
+        following = min(block + threads, blocks - 1)
         stop, mine = min(start + CHUNK, D), slice(first[i], first[i + 1])
-        row = np.int64(CHUNK * (following // listed))
-        after = _row_at(table[0, 1, following % listed], row if row < D else 0, F, dtype)
+        after = _row_at(table[0, 1, following // each], CHUNK * (following % each), F, dtype)
         out = results[mine, start:stop]
         _product(table[0, 1, i], table[1, 1, i], D, start, hidden[mine], dtype, after, wide, out)
         block = go_on(stage, blocks)
