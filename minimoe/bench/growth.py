@@ -88,29 +88,28 @@ def rows(points: Sequence[dict[str, Any]]) -> list[Sequence[str]]:
 
 
 def _points(backend: str, dtype: str, count: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure axis by axis: all values of one and the limits in the same rounds, so that a curve is of one machine."""
     ops = make_backend(backend)
-    probe, params = PROBES[device_of(ops.name)](), dict[int, Params]()
-    found = []
+    probe, found = PROBES[device_of(ops.name)](), []
     for axis, values in AXES.items():
+        params: dict[int, Params] = {}
+        workloads = dict[int, Filled]()
         for value in values:
+            say(f"{axis}: making {value:,} …")
             E, k, T, B = (value if name == axis else usual for name, usual in _USUAL.items())
-            say(f"{axis} = {value:,} …")
             if E not in params:
-                params = {E: Source(CONFIG.replace(num_experts=E), dtype).params()}
+                params[E] = Source(CONFIG.replace(num_experts=E), dtype).params()
             sized = CONFIG.replace(num_experts=E, num_experts_per_token=k)
-            workload = Filled(ops, sized, params[E], task("decode", sized, B, T))
-            work = workload.work()
-            turns: dict[str, Callable[[], float]] = {
-                "bandwidth": probe.bandwidth, "rate": partial(probe.rate, dtype), "ours": workload.run,
-            }  # fmt: skip
-            samples = rounds(count, turns)
-            bounds = [
-                work.bound(b, r)[0] for b, r in zip(samples["bandwidth"].values, samples["rate"].values, strict=True)
-            ]
-            found.append(
-                {
-                    "axis": axis, "value": value, "seconds": samples["ours"].median,
-                    "predicted": float(np.median(bounds)), "touched": workload.touched(),
-                }
-            )  # fmt: skip
+            workloads[value] = Filled(ops, sized, params[E], task("decode", sized, B, T))
+        say(f"{axis}: measuring …")
+        turns: dict[str, Callable[[], float]] = {"bandwidth": probe.bandwidth, "rate": partial(probe.rate, dtype)}
+        samples = rounds(count, turns | {f"{value}": workload.run for value, workload in workloads.items()})
+        limits = samples["bandwidth"].median, samples["rate"].median
+        found += [
+            {
+                "axis": axis, "value": value, "seconds": samples[f"{value}"].median,
+                "predicted": workload.work().bound(*limits)[0], "touched": workload.touched(),
+            }
+            for value, workload in workloads.items()
+        ]  # fmt: skip
     return found

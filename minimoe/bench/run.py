@@ -194,10 +194,10 @@ def _profiled(
     """The time of every op, beside the limits measured before and after."""
     ops = make_backend(backend)
     probe = probes[limits.device_of(ops.name)]
-    limits_of = {"bandwidth": probe.bandwidth, "rate": partial(probe.rate, source.dtype)}
-    before = {name: turn(measure) for name, measure in limits_of.items()}
+    rate = partial(probe.rate, source.dtype)
+    before = turn(probe.bandwidth), turn(rate)
     times = profile(ops, source.config, _on(ops, params), wanted)
-    roof = {name: (before[name] + turn(measure)) / 2 for name, measure in limits_of.items()}
+    roof = {"bandwidth": (before[0] + turn(probe.bandwidth)) / 2, "rate": (before[1] + turn(rate)) / 2}
     about = {"what": wanted.what} | _about(source, backend, *wanted.prompt.shape) | roof
     return [about | dataclasses.asdict(one) for one in times]
 

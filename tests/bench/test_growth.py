@@ -1,5 +1,6 @@
 """The four curves: every point is what its label says, and the prediction grows as the architecture does."""
 
+import itertools
 import json
 
 import numpy as np
@@ -8,10 +9,11 @@ from PIL import Image
 
 from minimoe import cli, plots
 from minimoe.backends import make_backend
-from minimoe.bench import growth
+from minimoe.bench import growth, limits
 from minimoe.bench.models import Source
 from minimoe.bench.plan import Order
 from minimoe.bench.workloads import task
+from tests.bench.documents import FixedProbe
 from tests.bench.test_work import SMALL
 from tests.plots.pictures import artists, assert_whole
 
@@ -40,6 +42,19 @@ def test_predictions_grow_as_the_architecture_does(small_axes):
     assert (far - middle) / (middle - near) == pytest.approx((4096 - 2048) / (2048 - 128), rel=0.02)
     touched = of(points, "batch", "touched")
     assert touched == sorted(touched) and touched[0] == 2
+
+
+def test_a_curve_is_of_one_machine_also_where_its_memory_gets_slower(small_axes, monkeypatch):
+    class Slower(FixedProbe):
+        reads = itertools.count(1)
+
+        def bandwidth(self):
+            return super().bandwidth() / next(self.reads)
+
+    monkeypatch.setattr(growth, "AXES", {"chosen": (1, 2, 4)})
+    monkeypatch.setitem(limits.PROBES, "cpu", Slower)
+    one, two, four = of(growth.run(Order(rounds=3))["points"], "chosen", "predicted")
+    assert four - two == pytest.approx(2 * (two - one)) and two > one
 
 
 def test_the_filled_cache_costs_what_a_read_one_does():
