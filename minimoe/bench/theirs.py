@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from minimoe.arrays import xp_of
+from minimoe.bench.measure import turn
 from minimoe.bench.memory import peak_bytes, reset_peak
 from minimoe.bench.models import Source
 from minimoe.bench.workloads import CHECKED, Task
@@ -138,8 +139,7 @@ class Theirs:
         """Floating-point operations per second of torch's own matrix product."""
         torch = self._torch
         a, b = (torch.randn(side, side, device=self._device).to(getattr(torch, dtype)) for _ in range(2))
-        times = [self._timed(lambda: torch.nn.functional.linear(a, b))[0] for _ in range(4)]
-        return float(2 * side**3 / np.median(times[1:]))
+        return turn(lambda: 2 * side**3 / self._timed(lambda: torch.nn.functional.linear(a, b))[0])
 
     def _first(self) -> Any:
         """(B, V) logits after the prompt, which is read into a cache; (B, 1) the best tokens if they are wanted."""
