@@ -2,8 +2,10 @@
 
 In float64 every way gives the plain forward to 1e-12, with free routing. In float32 and bfloat16 the routing is forced
 to that of float64, and every way must be as close to the float64 result as the plain forward of the reference is:
-error <= 2 × the reference's + 8 u √n, pooled over the draws, n the longest reduction. So two ways are never further
-apart than their own rounding errors explain. The plain forward is itself one of the ways, which makes the same test
+error <= 2 × the reference's + 8 u √n, pooled over the draws, n the longest reduction. As the reference may be lucky
+with the draw that magnifies roundings most (one by 60 u and more), by another library of matrix products than its own,
+its error is no less than what moves the float64 logits when each weight is rounded once more. So two ways are never
+further apart than rounding errors explain. The plain forward is itself one of the ways, which makes the same test
 the parity of the backends on the whole model.
 """
 
@@ -23,6 +25,7 @@ from tests.measure import assert_close, relative_error
 SEEDS = range(24)
 WINDOWED = range(100, 120)
 TOLERANCE = 1e-12
+U = np.finfo(np.float32).eps / 2
 
 
 @pytest.fixture(params=["numpy", "numba"])
@@ -53,6 +56,18 @@ class Case:
         seen = slice(None) if self.mask is None else self.mask
         return relative_error(logits[seen], self.truth[seen])
 
+    def moved(self):
+        """How far the float64 logits move when every weight moves by u, up or down: the most of four draws."""
+        routing, worst = None if self.ids is None else Routing(flat(self.ids)), 0.0
+        for draw in range(4):
+            rng = np.random.default_rng([7, draw])
+            params = map_leaves(
+                self.params, lambda w, rng=rng: w.astype(np.float64) * (1 + U * rng.choice([-1, 1], w.shape))
+            )
+            logits = forward(make_backend("numpy"), self.config, params, self.tokens, mask=self.mask, routing=routing)[0]
+            worst = max(worst, self.error(logits))
+        return worst
+
     def n(self):
         c = self.config
         return max(c.hidden_size, c.intermediate_size, c.num_heads * c.head_dim, self.tokens.shape[1])
@@ -61,6 +76,11 @@ class Case:
 @functools.cache
 def case(seed, dtype=np.float64):
     return Case(seed, dtype)
+
+
+@functools.cache
+def moved(c):
+    return c.moved()
 
 
 def call(ops, c, rows=slice(None), cut=slice(None), ids=None, params=None, **given):
@@ -202,10 +222,9 @@ def test_in_float64_every_way_leads_to_the_same_logits(way_and_seeds, ops):
 def test_every_way_is_as_close_to_float64_as_the_reference(way_and_seeds, ops, dtype):
     way, seeds = way_and_seeds
     cases = [case(seed, dtype) for seed in seeds]
-    reference = max(c.error(plain(make_backend("numpy"), c, c.ids)) for c in cases)
+    reference = max(max(c.error(plain(make_backend("numpy"), c, c.ids)), moved(c)) for c in cases)
     worst = max(c.error(way(ops, c, c.ids)) for c in cases)
-    u = np.finfo(np.float32).eps / 2
-    assert worst <= 2 * reference + 8 * u * max(c.n() for c in cases) ** 0.5
+    assert worst <= 2 * reference + 8 * U * max(c.n() for c in cases) ** 0.5
     assert reference <= (1e-4 if dtype == np.float32 else 0.2)  # or the bound would mean nothing
 
 
