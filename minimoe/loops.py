@@ -159,6 +159,25 @@ def _holds_bfloat16(w):
     return lambda w: answer
 
 
+def holds_pairs(x: Any) -> Any:
+    """Whether an array holds `tiles.PAIR`, inside jitted code: known when it is compiled."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(holds_pairs, jit_options=INLINED)
+def _holds_pairs(x):
+    answer = x.dtype == types.uint32
+    return lambda x: answer
+
+
+@jit(forceinline=True)
+def pair(a, b):
+    """Two bfloat16, held as float32, as one `tiles.PAIR`."""
+    return np.uint32(
+        (np.float32(a).view(np.uint32) >> np.uint32(16)) | (np.float32(b).view(np.uint32) & np.uint32(0xFFFF0000))
+    )
+
+
 @jit(forceinline=True)
 def narrow(x):
     """Round a float32 to the nearest bfloat16, ties to even, as uint16. NaN stays NaN."""

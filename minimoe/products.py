@@ -1,44 +1,37 @@
-"""Matrix products on the CPU: NumPy's BLAS on one thread per block, the blocks dealt to threads of our own.
+"""Matrix products on the CPU: out = Σ left · right, in tiles (see `tiles`), blocks of the result dealt to threads.
 
-out = Σ left · right
+Within a block, for DEPTH k's and WIDTH columns at a time, `right` is copied into panels: a line of columns for every k,
+zeros beyond the last. Then HEIGHT rows of `left` at a time are copied side by side and multiplied with each panel. So
+what is read again and again lies close together and stays in the core's own caches, however far apart the rows of a
+matrix are; and what is stored in bfloat16 or int8 is widened on the way. Where the processor multiplies pairs of
+bfloat16 (see `tiles.PAIR`), both factors are packed as such instead.
 
-BLAS could share out a product itself, but OpenBLAS's threads go on spinning for milliseconds after each one and take
-half a core from the Numba loop that follows; beside another busy process they wait for each other, and training was
-seen to slow down tenfold. So BLAS is held to the thread that calls it for as long as our products last (what a user
-has set holds again afterwards), and several Python threads call it at once: NumPy lets go of the GIL meanwhile.
+A number is added up in ascending order of k, DEPTH at a time, whatever block it is in and whoever computes it: the bits
+do not depend on the number of threads. A library would have threads of its own: OpenBLAS's go on spinning for
+milliseconds after a product and take half a core from the Numba loop that follows.
 
-A product is cut into blocks by its shape alone, and each number is computed within one block: results are the same to
-the last bit for any number of threads, ours or BLAS's.
+Source: Van Zee and van de Geijn, as in `tiles`, figure 1 (the loops around the micro-kernel).
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from contextvars import copy_context
-from functools import cache
-from threading import Lock
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import jit, rounded, weight_view, widen
+from minimoe.arrays import widen as widened
+from minimoe.loops import address, at_address, copy, holds_pairs, jit, pair, rounded, storage, widen
 from minimoe.quantized import Int8
 from minimoe.shapes import Array
-from minimoe.stages import share, threads_if
+from minimoe.stages import NONE, PIECES, new_stages, share, take, threads_if, together
+from minimoe.tiles import FEWER, LINE, MULTIPLIES_PAIRS, PAIR, ROWS, multiply_line, turn
 
-GRAIN = 1 << 23  # multiplications worth a block, or a thread, of their own: about 0.1 ms
-LEAST_SIDE = 128  # of a block; narrower ones are slower per multiplication
-MOST_BLOCKS = 64  # of one product: enough to keep 16 threads evenly busy
-FEW_ROWS = 16  # with fewer, a block takes as long as with these: the time is that of reading `right`
+GRAIN = 1 << 20  # multiplications worth a block, or a thread, of their own: some 20 µs
+LEAST_ROWS, LEAST_COLUMNS = 192, 64  # of a block: each one copies `right` or `left` for itself
+HEIGHT, WIDTH, DEPTH = 96, 192, 256
 SMALL = 1 << 15  # numbers; below, waking threads (tens of µs where they sleep) costs more than they save
-BLOCK_OF_WEIGHTS = 1 << 20  # widened from bfloat16 at a time: 4 MiB in float32, which a cache holds
 
 
 class Product(NamedTuple):
@@ -46,9 +39,9 @@ class Product(NamedTuple):
 
     Attributes
     ----------
-    pairs : the factors (left, right), added up in this order; each of shapes (M, K) and (K, N), K may differ. A `right`
-        that is stored in bfloat16 or int8 is widened, a `left` must have been (see `operand`)
-    out : (M, N) array to fill, of any strides
+    pairs : the factors (left, right), added up in this order; each of shapes (M, K) and (K, N), K may differ. Beside a
+        `right` that is stored in bfloat16 a `left` must have been rounded (see `operand`)
+    out : (M, N) array to fill, float32 or float64, of any strides
     """
 
     pairs: Sequence[tuple[Array, Array | Int8]]
@@ -74,184 +67,243 @@ def multiply(left: Array, right: Array) -> Array:
 def compute(products: Sequence[Product]) -> None:
     """Fill the `out` of all products, which must not overlap, on up to `numba.get_num_threads()` threads.
 
-    Blocks are begun in the order given: with the large products first, threads finish together. Whatever is raised in
-    one of them (Ctrl-C, too) is raised here, once none is writing any more.
+    Blocks are begun in the order given: with the large products first, threads finish together.
+
+    Raises
+    ------
+    ValueError
+        If the shapes of a product do not match.
     """
-    waiting = deque(block for product in products for block in cut(product))
-    threads = min(len(waiting), sum(map(_work, products)) // GRAIN)
-    if threads > 1:
-        threads = min(threads, numba.get_num_threads())
-
-    def work() -> None:
-        try:
-            while waiting:
-                try:
-                    block = waiting.popleft()
-                except IndexError:  # another thread has just taken the last one
-                    return
-                _fill(*block)
-        except BaseException:
-            waiting.clear()
-            raise
-
-    helpers: list[Future[None]] = []
-    with _blas():
-        try:
-            with suppress(RuntimeError):  # no thread can be started, as when Python ends: those there are do the work
-                for _ in range(threads - 1):
-                    helpers.append(_pool().submit(copy_context().run, work))  # numpy.errstate is part of the context
-            work()
-        finally:
-            _settle(helpers)
-    for helper in helpers:
-        if not helper.cancelled():
-            helper.result()
+    for product in products:
+        for left, right in product.pairs:
+            if (left.shape[1], (left.shape[0], right.shape[1])) != (right.shape[0], product.out.shape):
+                raise ValueError(f"cannot multiply {left.shape} by {right.shape} into {product.out.shape}")
+    for dtype in dict.fromkeys(product.out.dtype for product in products):  # mostly one
+        _compute([product for product in products if product.out.dtype == dtype], dtype)
 
 
-def cut(product: Product) -> list[tuple[Product, slice, slice]]:
-    """Cut a product into blocks of rows or of columns of `out`, along its longer side.
+def cut(product: Product, pieces: int) -> list[tuple[slice, slice]]:
+    """Cut `out` into so many blocks, or fewer, of its rows or its columns, whichever there are more of.
 
-    So with few rows and large weights every weight is read by one block only. Where weights are to be widened, blocks
-    are no wider than BLOCK_OF_WEIGHTS allows.
+    So with few rows and large weights every weight is read by one block only.
 
     >>> x, w, out = np.ones((1000, 512)), np.ones((512, 64)), np.ones((1000, 64))
-    >>> [rows for _, rows, _ in cut(Product([(x, w)], out))]
-    [slice(0, 334, None), slice(334, 668, None), slice(668, 1002, None)]
+    >>> [rows for rows, _ in cut(Product([(x, w)], out), 3)]
+    [slice(0, 336, None), slice(336, 672, None), slice(672, 1000, None)]
     """
     M, N = product.out.shape
-    longer = max(M, N)
-    pieces = max(1, min(_work(product) // GRAIN, longer // LEAST_SIDE, MOST_BLOCKS))
-    step = -(-longer // pieces)
-    height, width = (step, N) if M >= N else (M, step)
-    for _, right in product.pairs:
-        if is_bfloat16(right) or isinstance(right, Int8):
-            width = min(width, max(1, BLOCK_OF_WEIGHTS // max(1, len(right))))
+    longer, least, whole = (M, LEAST_ROWS, ROWS) if M >= N else (N, LEAST_COLUMNS, LINE // product.out.itemsize)
+    step = -(-longer // max(1, min(pieces, longer // least)))
+    step = -(-step // whole) * whole  # no block but the last ends within a tile
+    parts = [slice(start, min(start + step, longer)) for start in range(0, longer, step or 1)]
     if not product.out.size:
         return []
-    return [
-        (product, slice(m, m + height), slice(n, n + width)) for m in range(0, M, height) for n in range(0, N, width)
-    ]
+    return [(part, slice(0, N)) if M >= N else (slice(0, M), part) for part in parts]
 
 
 def _work(product: Product) -> int:
-    """Multiplications; reading `right` counts as FEW_ROWS of them per number."""
-    M, N = product.out.shape
-    K = 0
-    for _, right in product.pairs:
-        K += len(right)
-    return max(M, FEW_ROWS) * N * K
+    """Multiplications."""
+    return int(product.out.size * sum(len(right) for _, right in product.pairs))
 
 
-def _fill(product: Product, rows: slice, columns: slice) -> None:
-    """Compute one block, on this thread."""
-    out = product.out[rows, columns]
-    (left, right), *rest = product.pairs
-    np.matmul(left[rows], _widened(right[:, columns], left.dtype), out=out)
-    for left, right in rest:
-        np.add(out, left[rows] @ _widened(right[:, columns], left.dtype), out=out)
+def _compute(products: Sequence[Product], dtype: Any) -> None:
+    """`compute` of results of one type."""
+    kinds = {_kind(right, dtype) for product in products for _, right in product.pairs}
+    stored = kinds.pop() if len(kinds) == 1 else dtype  # of several, all are widened beforehand
+    work = sum(map(_work, products))
+    threads = threads_if(work >= 2 * GRAIN)
+    least = max(GRAIN, work // (PIECES * threads))
+    held: list[Array] = []  # addresses keep nothing alive
+    factors: list[tuple[int, ...]] = []
+    blocks: list[tuple[int, ...]] = []
+    for product in products:
+        out, first = product.out, len(factors)
+        for left, right in product.pairs:
+            if len(right):
+                factors.append(
+                    (len(right), *_lies(left.astype(dtype, copy=False), held), *_stored(right, stored, held))
+                )
+        if len(factors) == first:
+            out[...] = 0
+            continue
+        pieces = _work(product) // least
+        for rows, columns in cut(product, pieces // threads * threads or pieces):
+            bounds = (rows.start, rows.stop, columns.start, columns.stop)
+            blocks.append((first, len(factors), *bounds, address(out), *out.strides))
+    if not blocks:
+        return
+    table, kind = np.array(factors, np.int64), dtype
+    if stored == np.uint16 and MULTIPLIES_PAIRS and all(_in_pairs(*factor) for factor in factors):
+        stored = kind = PAIR
+        table[:, 0] //= 2
+    _fill(table, np.array(blocks, np.int64), stored, kind, dtype, threads)
+    del held
 
 
-def _widened(right: Array | Int8, dtype: Any) -> Array:
-    """Return the matrix in a type that BLAS takes, int8 in `dtype`; ml_dtypes would widen slowly."""
+def _kind(right: Array | Int8, dtype: Any) -> Any:
+    """The type of the numbers that the loops read: as they are stored, if that is one which they widen to `dtype`."""
     if isinstance(right, Int8):
-        return _scaled(right.T, dtype).T if right.turned else _scaled(right, dtype)
-    if not is_bfloat16(right):
-        return right
-    if not right.flags.c_contiguous and right.T.flags.c_contiguous:  # wᵀ, as in every forward
-        return _widened(right.T, dtype).T
-    out = np.empty(right.shape, np.float32)
-    _widen_all(weight_view(right), out)
-    return out
+        return right.dtype
+    return np.dtype(np.uint16) if is_bfloat16(right) and dtype == np.float32 else dtype
 
 
-def _scaled(right: Int8, dtype: Any) -> Array:
-    out = np.empty(right.shape, dtype)
-    _scale_all(np.ascontiguousarray(right.values), np.ascontiguousarray(right.scale), out)
-    return out
+def _stored(right: Array | Int8, kind: Any, held: list[Array]) -> tuple[int, ...]:
+    """Where a right factor of this type lies (see `_lies`), and the scales of its lines, or 0."""
+    if not isinstance(right, Int8):
+        return *_lies(storage(right) if kind == np.uint16 else widened(right).astype(kind, copy=False), held), 0
+    if kind != np.int8:
+        return *_lies(right.widened(kind), held), 0
+    values = np.ascontiguousarray(right.values.T if right.turned else right.values)
+    scale = np.ascontiguousarray(right.scale, np.float32)
+    held += [values, scale]
+    return address(values), values.strides[0], int(right.turned), address(scale)
 
 
-def _settle(helpers: Sequence[Future[None]]) -> None:
-    """Wait until no helper runs any more, also where Ctrl-C ends the wait: then once more."""
-    try:
-        for helper in helpers:
-            if not helper.cancel():
-                helper.exception()
-    except BaseException:
-        _settle(helpers)
-        raise
+def _lies(x: Array, held: list[Array]) -> tuple[int, int, int]:
+    """Where a matrix lies, the bytes from line to line, and whether its lines are the columns, not the rows."""
+    turned = x.strides[1] != x.itemsize and x.strides[0] == x.itemsize
+    if not turned and x.strides[1] != x.itemsize:
+        x = np.ascontiguousarray(x)
+    held.append(x)
+    return address(x), x.strides[int(turned)], int(turned)
 
 
-class _Blas:
-    """The BLAS libraries of this process, held to the calling thread from the first `with` to the last exit."""
-
-    def __init__(self) -> None:
-        libraries = ThreadpoolController().lib_controllers
-        self._libraries = [library for library in libraries if library.user_api == "blas"]
-        self._lock = Lock()
-        self._inside = 0
-        self._before: list[int] = []
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._before = [library.get_num_threads() for library in self._libraries]
-                self._set([1] * len(self._libraries))
-            self._inside += 1
-
-    def __exit__(self, *raised: Any) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._set(self._before)
-
-    def _set(self, numbers: Sequence[int]) -> None:
-        for library, before, number in zip(self._libraries, self._before, numbers, strict=True):
-            if before != 1:
-                _let_go(library)
-                library.set_num_threads(number)
-                _let_go(library)
-
-
-def _let_go(library: Any) -> None:
-    """Let any thread set OpenBLAS's number: from threadpoolctl 3.8 on the first one keeps others from it, silently."""
-    if hasattr(library, "clear_controlling_thread"):
-        library.clear_controlling_thread(force=True)
-
-
-@cache
-def _blas() -> _Blas:
-    return _Blas()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, numba.config.NUMBA_NUM_THREADS - 1), "minimoe-products")
-
-
-def _forget() -> None:
-    """A forked child has none of its parent's threads, and perhaps a lock that nobody will open."""
-    _pool.cache_clear()
-    _blas.cache_clear()
-
-
-if hasattr(os, "register_at_fork"):  # Windows does not fork
-    os.register_at_fork(after_in_child=_forget)
+def _in_pairs(K: int, left: int, left_step: int, left_turned: int, right: int, step: int, turned: int, *_: int) -> bool:
+    """Whether numbers of both factors for k and k + 1 lie side by side."""
+    return K % 2 == 0 and not left_turned and bool(turned)
 
 
 @jit()
-def _widen_all(x, out):  # on one thread: it runs in those of the pool
-    for row in range(x.shape[0]):
-        source, target = x[row], out[row]
-        for i in range(x.shape[1]):
-            target[i] = widen(source[i])
+def _fill(factors, blocks, stored, kind, dtype, threads):
+    """Fill all blocks.
+
+    factors (P, 8): K; of left the address, bytes from line to line, and whether lines are columns; of right the same,
+    and the address of its scales. blocks (B, 9): the factors, from and to; rows and columns, from and to; of out the
+    address, and bytes from row to row and from column to column.
+    """
+    together(_stage, (factors, blocks, stored, kind, dtype, new_stages(1)[0]), threads)
 
 
 @jit()
-def _scale_all(values, scale, out):
-    for row in range(values.shape[0]):
-        source, target, factor = values[row], out[row], scale[row]
-        for i in range(values.shape[1]):
-            target[i] = out.dtype.type(source[i]) * factor
+def _stage(factors, blocks, stored, kind, dtype, stage):
+    """What each thread does: whole blocks, with room for copies of its own."""
+    longest = 0
+    for p in range(len(factors)):
+        longest = max(longest, min(factors[p, 0], DEPTH))
+    lefts = np.empty(HEIGHT * (longest + 16), kind)
+    lanes = LINE // lefts.itemsize
+    rights, lines = np.empty((WIDTH // lanes, longest, lanes), kind), np.empty((lanes, longest), kind)
+    sums = np.empty((HEIGHT, lanes), dtype)
+    block = take(stage, len(blocks))
+    while block != NONE:
+        _fill_block(factors, blocks[block], stored, lefts, rights, lines, sums)
+        block = take(stage, len(blocks))
+
+
+@jit(inline="always")
+def _fill_block(factors, block, stored, lefts, rights, lines, sums):
+    first, end, top, bottom, start, stop = block[0], block[1], block[2], block[3], block[4], block[5]
+    out, row_step, column_step = block[6], block[7], block[8]
+    lanes, nothing = sums.shape[1], np.int64(0)
+    for n in range(start, stop, WIDTH):
+        width = min(WIDTH, stop - n)
+        panels = rights[: -(-width // lanes)]
+        for p in range(first, end):
+            for k in range(0, factors[p, 0], DEPTH):
+                length, begin = min(DEPTH, factors[p, 0] - k), p == first and k == 0
+                _load_right(factors[p], k, length, n, width, stored, lines, panels)
+                for m in range(top, bottom, HEIGHT):
+                    height = min(HEIGHT, bottom - m)
+                    left_row, left_k = _load_left(factors[p], k, length, m, height, lefts)
+                    for panel in range(len(panels)):
+                        columns = min(lanes, width - panel * lanes)
+                        place = out + m * row_step + (n + panel * lanes) * column_step
+                        whole = columns == lanes and column_step == sums.itemsize and height % FEWER == 0
+                        multiply_line(
+                            lefts.ctypes.data, left_row, left_k, -(-height // FEWER) * FEWER,
+                            panels[panel].ctypes.data, LINE, length,
+                            place if whole else sums.ctypes.data, row_step if whole else LINE, begin or not whole,
+                            panels.dtype, nothing, nothing, nothing,
+                        )  # fmt: skip
+                        if not whole:
+                            _store(sums[:height, :columns], begin, place, row_step, column_step)
+
+
+@jit()
+def _load_left(factor, k, length, m, height, room):
+    """Copy some k's of some rows, and zeros up to whole tiles; return the bytes from row to row and from k to k."""
+    place, step, size = factor[1], factor[2], room.itemsize
+    if factor[3]:  # a line for each k
+        for i in range(length):
+            target = room[i * HEIGHT : (i + 1) * HEIGHT]
+            copy(at_address(place + (k + i) * step + m * size, (height,), room.dtype), target[:height])
+            target[height : height + FEWER] = 0
+        return size, HEIGHT * size
+    apart = len(room) // HEIGHT  # no power of two, as rows so far apart would compete for few places of a cache
+    for i in range(height):
+        target = room[i * apart : i * apart + length]
+        if holds_pairs(room):
+            source = at_address(place + (m + i) * step + k * 8, (2 * length,), np.float32)
+            for j in range(length):
+                target[j] = pair(source[2 * j], source[2 * j + 1])
+        else:
+            copy(at_address(place + (m + i) * step + k * size, (length,), room.dtype), target)
+    for i in range(height, -(-height // FEWER) * FEWER):
+        room[i * apart : i * apart + length] = 0
+    return apart * size, size
+
+
+@jit()
+def _load_right(factor, k, length, n, width, stored, lines, panels):
+    """Copy some k's of some columns, widened, into panels (P, length, lanes), and zeros beyond the last column."""
+    place, step, scale = factor[4], factor[5], factor[7]
+    lanes, size = LINE // panels.itemsize, np.empty(0, stored).itemsize
+    if width % lanes:
+        panels[-1, :length] = 0
+    if factor[6]:  # a line for each column
+        for panel in range(len(panels)):
+            columns = min(lanes, width - panel * lanes)
+            for lane in range(columns):
+                column = n + panel * lanes + lane
+                source, target = at_address(place + column * step + k * size, (length,), stored), lines[lane]
+                for i in range(length):
+                    target[i] = widen(source[i])
+                if scale != 0:
+                    _multiply_by(target, scale, column)
+            turn(lines[:columns, :length], panels[panel])
+    else:
+        for i in range(length):
+            source = at_address(place + (k + i) * step + n * size, (width,), stored)
+            for panel in range(width // lanes):
+                part, target = source[panel * lanes :], panels[panel, i]
+                for lane in range(lanes):
+                    target[lane] = widen(part[lane])
+            for column in range(width - width % lanes, width):
+                panels[-1, i, column % lanes] = widen(source[column])
+            if scale != 0:
+                for panel in range(len(panels)):
+                    _multiply_by(panels[panel, i], scale, k + i)
+
+
+@jit()
+def _multiply_by(numbers, scale, line):
+    factor = at_address(scale, (line + 1,), np.float32)[line]
+    for i in range(len(numbers)):
+        numbers[i] *= factor
+
+
+@jit()
+def _store(sums, begin, out, row_step, column_step):
+    """Put sums where they belong, or add them to what is there."""
+    for i in range(sums.shape[0]):
+        if column_step == sums.itemsize:
+            target = at_address(out + i * row_step, (sums.shape[1],), sums.dtype)
+            for j in range(sums.shape[1]):
+                target[j] = sums[i, j] if begin else target[j] + sums[i, j]
+        else:
+            for j in range(sums.shape[1]):
+                target = at_address(out + i * row_step + j * column_step, (1,), sums.dtype)
+                target[0] = sums[i, j] if begin else target[0] + sums[i, j]
 
 
 @jit()

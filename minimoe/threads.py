@@ -1,8 +1,8 @@
 """Threads of the CPU column: how many there are, and which library starts them.
 
 $MINIMOE_NUM_THREADS, or `--threads` on the command line, says how many threads our loops and matrix products may use;
-without it, as many as there are cores. Results do not depend on it: our loops add in a fixed order, and products are
-cut by shape (see `products`). BLAS itself is held to one thread per block, so there is nothing to oversubscribe.
+without it, as many as there are cores. Results do not depend on it: our loops and products add in a fixed order. The
+numba column uses no BLAS, so no other library's threads take cores from them.
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ class Case:
             params = map_leaves(
                 self.params, lambda w, rng=rng: w.astype(np.float64) * (1 + U * rng.choice([-1, 1], w.shape))
             )
-            logits = forward(make_backend("numpy"), self.config, params, self.tokens, mask=self.mask, routing=routing)[0]
+            logits = forward(make_backend("numpy"), self.config, params, self.tokens, mask=self.mask, routing=routing)[
+                0
+            ]
             worst = max(worst, self.error(logits))
         return worst
 

@@ -1,4 +1,4 @@
-"""Top-k softmax gating on the CPU: logits by BLAS or, of few tokens, by a loop, the choice by insertion.
+"""Top-k softmax gating on the CPU: logits as any product or, of few tokens, by a loop, the choice by insertion.
 
 k is small, so a token keeps its best k in order while it walks over the E logits once. A candidate moves up only past
 a strictly smaller one: of equal logits the lower expert id, which came first, stays ahead.
@@ -15,7 +15,7 @@ from minimoe.products import Product, compute, multiply, operand
 from minimoe.shapes import Array
 from minimoe.stages import share, threads_if
 
-FEW_ROWS = 16  # tokens up to which BLAS takes longer to begin
+FEW_ROWS = 16  # tokens up to which `products` take longer to begin
 MANY_TOKENS = 256  # below, one core chooses before others have woken up
 
 
