@@ -205,10 +205,22 @@ def test_explain_names_what_forward_computes(activation):
             assert_close(slots[n, slot], expected)
 
 
-def many_tokens(dtype, stored, N=450, E=5):
+# More than one stretch of a row, and a last block that no tile fits; odd sizes cannot be multiplied in pairs.
+SIZES = pytest.mark.parametrize("sizes", [(1031, 101), (2062, 102)], ids=str)
+
+
+@pytest.fixture(params=["widened", "in pairs"])
+def way(request, monkeypatch):
+    """The two ways to multiply bfloat16."""
+    if request.param == "in pairs" and not numba_cpu.MULTIPLIES_PAIRS:
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+    monkeypatch.setattr(numba_cpu, "MULTIPLIES_PAIRS", request.param == "in pairs")
+
+
+def many_tokens(dtype, stored, sizes, N=450, E=5):
     """Inputs for experts of very different numbers of tokens, with weights that are no multiple of any block."""
     rng = np.random.default_rng(7)
-    D, F = 1031, 101  # more than one stretch of a row, and a last block of odd height
+    D, F = sizes
     w1, w3 = rng.normal(size=(2, E, F, D)) / math.sqrt(D)
     w2, x, weights = rng.normal(size=(E, D, F)) / math.sqrt(F), rng.normal(size=(N, D)), rng.random((N, 2))
     popular = np.where(rng.random(N) < 0.8, 0, 3)  # 0 has more than a group of panels, 4 none, the others some
@@ -220,9 +232,10 @@ def many_tokens(dtype, stored, N=450, E=5):
 
 @pytest.mark.parametrize("stored", ["float32", "float64", BFLOAT16, "int8"], ids=str)
 @ACTIVATIONS
-def test_many_tokens(experts, stored, activation):
+@SIZES
+def test_many_tokens(experts, stored, activation, sizes, way):
     dtype = np.float64 if stored == "float64" else np.float32
-    x, w1, w2, w3, ids, weights = many_tokens(dtype, stored)
+    x, w1, w2, w3, ids, weights = many_tokens(dtype, stored, sizes)
     out, _ = experts.forward(x, w1, w2, w3, ids, weights, activation=activation)
     wide = [w.widened(np.float64) if stored == "int8" else w.astype(np.float64) for w in (w1, w2, w3)]
     round_x = x.astype(BFLOAT16) if stored == BFLOAT16 else x
@@ -231,7 +244,7 @@ def test_many_tokens(experts, stored, activation):
     for e in range(5):
         rows, slots = np.nonzero(ids == e)
         xe = round_x[rows].astype(np.float64)
-        hidden = act(xe @ wide[0][e].T) * (xe @ wide[2][e].T) if len(rows) else np.zeros((0, 101))
+        hidden = act(xe @ wide[0][e].T) * (xe @ wide[2][e].T) if len(rows) else np.zeros((0, sizes[1]))
         if stored == BFLOAT16:
             hidden = hidden.astype(np.float32).astype(BFLOAT16).astype(np.float64)
         expected[rows] += weights[rows, slots][:, None] * (hidden @ wide[1][e].T)
@@ -240,9 +253,10 @@ def test_many_tokens(experts, stored, activation):
 
 
 @pytest.mark.parametrize("stored", ["float32", BFLOAT16, "int8"], ids=str)
-def test_many_tokens_have_the_same_bits_for_one_thread_and_beside_any_others(stored):
+@SIZES
+def test_many_tokens_have_the_same_bits_for_one_thread_and_beside_any_others(stored, sizes, way):
     """Whatever else is in the batch: a token's sums do not depend on its lane, its panel or their number."""
-    x, w1, w2, w3, ids, weights = many_tokens(np.float32, stored)
+    x, w1, w2, w3, ids, weights = many_tokens(np.float32, stored, sizes)
     out, _ = numba_cpu.forward(x, w1, w2, w3, ids, weights)
     alone, _ = with_one_thread(lambda: numba_cpu.forward(x, w1, w2, w3, ids, weights))
     np.testing.assert_array_equal(alone, out)
