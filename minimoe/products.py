@@ -25,13 +25,12 @@ from minimoe.arrays import widen as widened
 from minimoe.loops import address, at_address, copy, holds_pairs, jit, pair, rounded, storage, widen
 from minimoe.quantized import Int8
 from minimoe.shapes import Array
-from minimoe.stages import NONE, PIECES, new_stages, share, take, threads_if, together
+from minimoe.stages import NONE, PIECES, SMALL, new_stages, share, take, threads_if, together
 from minimoe.tiles import FEWER, LINE, MULTIPLIES_PAIRS, PAIR, ROWS, multiply_line, turn
 
-GRAIN = 1 << 20  # multiplications worth a block, or a thread, of their own: some 20 µs
+GRAIN = 1 << 21  # multiplications worth a block, or a thread, of their own: some 40 µs
 LEAST_ROWS, LEAST_COLUMNS = 192, 64  # of a block: each one copies `right` or `left` for itself
 HEIGHT, WIDTH, DEPTH = 96, 192, 256
-SMALL = 1 << 15  # numbers; below, waking threads (tens of µs where they sleep) costs more than they save
 
 
 class Product(NamedTuple):

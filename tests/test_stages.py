@@ -7,6 +7,9 @@ import sys
 import numba
 import numpy as np
 import pytest
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from minimoe.loops import dots, jit, part_of, quads
 from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, pieces_for, share, take, threads_if, together
@@ -201,3 +204,34 @@ def test_a_row_has_the_same_bits_in_any_piece(rows, dtype):
     assert found[0].any()
     for out in found[1:]:
         np.testing.assert_array_equal(out, found[0])
+
+
+@intrinsic
+def counted(typingctx, x):
+    """Whether an array carries a count of its references."""
+
+    def codegen(context, builder, signature, args):
+        place = context.make_array(x)(context, builder, args[0]).meminfo
+        return builder.zext(cgutils.is_not_null(builder, place), context.get_value_type(types.int64))
+
+    return types.int64(x), codegen
+
+
+@jit()
+def note_counted(start, stop, x, out):
+    for i in range(start, stop):
+        out[i] = counted(x[i:])
+
+
+@jit()
+def note_in_threads(x, threads, out):
+    share(note_counted, len(out), (x, out), threads)
+    return counted(x)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_do_not_count_references_to_shared_arrays(threads):
+    """They would do so for each row, in one line of memory, and be slower together than alone."""
+    out = np.full(6, -1)
+    assert note_in_threads(np.zeros(6), threads, out) == 1
+    assert out.tolist() == [0] * 6

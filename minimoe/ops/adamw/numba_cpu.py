@@ -11,9 +11,8 @@ from jaxtyping import Float
 
 from minimoe.loops import FAST, jit
 from minimoe.shapes import Array, Scalar
-from minimoe.stages import share, threads_if
+from minimoe.stages import SMALL, share, threads_if
 
-SMALL = 1 << 17  # numbers; below, starting the threads costs more than they save
 BLOCK = 1 << 13  # numbers that are squared and added up by one thread, whatever the number of threads
 
 

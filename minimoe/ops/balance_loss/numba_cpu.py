@@ -11,9 +11,8 @@ from jaxtyping import Bool, Float, Int
 
 from minimoe.loops import exp, jit
 from minimoe.shapes import Array, Scalar
-from minimoe.stages import share, threads_if
+from minimoe.stages import SMALL, share, threads_if
 
-SMALL = 1 << 12  # numbers; below, starting the threads costs more than they save
 TOKENS = 256  # per block
 
 

@@ -11,10 +11,9 @@ from jaxtyping import Float, Int
 
 from minimoe.loops import FMA, exp, jit
 from minimoe.shapes import Array, Scalar
-from minimoe.stages import share, threads_if
+from minimoe.stages import SMALL, share, threads_if
 
 LANES = 64  # four vectors of 512 bits in float32
-SMALL = 1 << 13  # numbers; below, starting the threads costs more than they save
 
 
 def forward(

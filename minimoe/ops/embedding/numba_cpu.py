@@ -13,9 +13,8 @@ from jaxtyping import Float, Int
 from minimoe.arrays import is_bfloat16
 from minimoe.loops import jit, weight_view, widen
 from minimoe.shapes import Array
-from minimoe.stages import share, threads_if
+from minimoe.stages import SMALL, share, threads_if
 
-SMALL = 1 << 15  # numbers; below, starting the threads costs more than they save
 COLUMNS = 32  # per block: two cache lines of float32, so that threads do not write into one line
 
 

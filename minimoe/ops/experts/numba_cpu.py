@@ -49,13 +49,12 @@ from minimoe.ops.experts import Saved, check_activation
 from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
-from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for, share, threads_if, together
+from minimoe.stages import NONE, SMALL, begin, go_on, new_stages, pieces_for, share, threads_if, together
 from minimoe.tiles import LINE, MULTIPLIES_PAIRS, PAIR, multiply_ahead, turn
 from minimoe.tiles import ROWS as TILE_ROWS
 
 FEW_ROWS = 24  # tokens of each expert up to which reading its weights once, row by row, is faster than tiles
 FEW_STAGES = 2
-SMALL = 1 << 15  # numbers; below, waking threads costs more than they save
 # Blocks of many tokens: rows of a weight, of which a stretch is widened at a time, and a part of that multiplied with
 # so many panels of tokens. What is read again stays in a core's own cache.
 CHUNK, STRETCH, DEPTH, PANELS = 48, 1024, 256, 12

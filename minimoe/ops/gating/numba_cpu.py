@@ -16,7 +16,7 @@ from minimoe.shapes import Array
 from minimoe.stages import share, threads_if
 
 FEW_ROWS = 16  # tokens up to which `products` take longer to begin
-MANY_TOKENS = 256  # below, one core chooses before others have woken up
+MANY_TOKENS = 1024  # below, one core chooses before others have woken up
 
 
 def forward(

@@ -11,9 +11,8 @@ from jaxtyping import Float
 
 from minimoe.loops import FAST, jit, weight_view, widen
 from minimoe.shapes import Array
-from minimoe.stages import share, threads_if
+from minimoe.stages import SMALL, share, threads_if
 
-SMALL = 1 << 14  # numbers; below, starting the threads costs more than they save
 ROWS = 64  # per block of the backward
 
 

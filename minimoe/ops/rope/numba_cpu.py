@@ -10,9 +10,7 @@ from jaxtyping import Float, Int
 
 from minimoe.loops import jit, storage, stored
 from minimoe.shapes import Array
-from minimoe.stages import share, threads_if
-
-SMALL = 1 << 15  # numbers; below, starting the threads costs more than they save
+from minimoe.stages import SMALL, share, threads_if
 
 
 def table(

@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 
 from minimoe.loops import jit
 from minimoe.shapes import Array
-from minimoe.stages import share, threads_if
+from minimoe.stages import SMALL, share, threads_if
 
-SMALL = 1 << 12  # numbers; below, starting the threads costs more than they save
 DIGIT = 11  # bits per pass: 2048 counters fit into the first-level cache
 PASSES = 6  # 6 · 11 >= 64
 
