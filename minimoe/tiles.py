@@ -38,8 +38,8 @@ from minimoe.loops import jit
 # What Numba compiles for: the processor it runs on, unless $NUMBA_CPU_FEATURES says otherwise.
 _FEATURES = (get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES).split(",")
 LINE = 64  # bytes
-# Rows of a tile; of a smaller one, which takes no less time for each k than an addition, for what is left at an edge.
-ROWS, FEWER = (12, 4) if "+avx512f" in _FEATURES else (6, 3)
+ROWS = 12 if "+avx512f" in _FEATURES else 6
+FEWER = 4  # rows of a smaller tile, for what is left at an edge: with less, a multiplier would wait for its own sum
 PAIR = np.dtype(np.uint32)  # two bfloat16, the first in the lower half
 MULTIPLIES_PAIRS = "+avx512bf16" in _FEATURES  # whether there may be factors of that type
 
