@@ -77,8 +77,12 @@ def compute(products: Sequence[Product]) -> None:
         for left, right in product.pairs:
             if (left.shape[1], (left.shape[0], right.shape[1])) != (right.shape[0], product.out.shape):
                 raise ValueError(f"cannot multiply {left.shape} by {right.shape} into {product.out.shape}")
-    for dtype in dict.fromkeys(product.out.dtype for product in products):  # mostly one
-        _compute([product for product in products if product.out.dtype == dtype], dtype)
+    apart = [(p.out, Product(p.pairs, np.empty(p.out.shape, p.out.dtype))) for p in products if not _row_by_row(p.out)]
+    whole = [p for p in products if _row_by_row(p.out)] + [p for _, p in apart]
+    for dtype in dict.fromkeys(product.out.dtype for product in whole):  # mostly one
+        _compute([product for product in whole if product.out.dtype == dtype], dtype)
+    for out, product in apart:
+        out[...] = product.out
 
 
 def cut(product: Product, pieces: int) -> list[tuple[slice, slice]]:
@@ -98,6 +102,11 @@ def cut(product: Product, pieces: int) -> list[tuple[slice, slice]]:
     if not product.out.size:
         return []
     return [(part, slice(0, N)) if M >= N else (slice(0, M), part) for part in parts]
+
+
+def _row_by_row(out: Array) -> bool:
+    """Whether the numbers of a row lie side by side, as the loops write them."""
+    return bool(out.strides[1] == out.itemsize)
 
 
 def _work(product: Product) -> int:
@@ -128,7 +137,7 @@ def _compute(products: Sequence[Product], dtype: Any) -> None:
         pieces = _work(product) // least
         for rows, columns in cut(product, pieces // threads * threads or pieces):
             bounds = (rows.start, rows.stop, columns.start, columns.stop)
-            blocks.append((first, len(factors), *bounds, address(out), *out.strides))
+            blocks.append((first, len(factors), *bounds, address(out), out.strides[0]))
     if not blocks:
         return
     table, kind = np.array(factors, np.int64), dtype
@@ -177,8 +186,8 @@ def _fill(factors, blocks, stored, kind, dtype, threads):
     """Fill all blocks.
 
     factors (P, 8): K; of left the address, bytes from line to line, and whether lines are columns; of right the same,
-    and the address of its scales. blocks (B, 9): the factors, from and to; rows and columns, from and to; of out the
-    address, and bytes from row to row and from column to column.
+    and the address of its scales. blocks (B, 8): the factors, from and to; rows and columns, from and to; of out the
+    address, and bytes from row to row.
     """
     together(_stage, (factors, blocks, stored, kind, dtype, new_stages(1)[0]), threads)
 
@@ -202,8 +211,9 @@ def _stage(factors, blocks, stored, kind, dtype, stage):
 @jit(inline="always")
 def _fill_block(factors, block, stored, lefts, rights, lines, sums):
     first, end, top, bottom, start, stop = block[0], block[1], block[2], block[3], block[4], block[5]
-    out, row_step, column_step = block[6], block[7], block[8]
+    out, row_step = block[6], block[7]
     lanes, nothing = sums.shape[1], np.int64(0)
+    left, edge = np.int64(lefts.ctypes.data), np.int64(sums.ctypes.data)
     for n in range(start, stop, WIDTH):
         width = min(WIDTH, stop - n)
         panels = rights[: -(-width // lanes)]
@@ -216,16 +226,16 @@ def _fill_block(factors, block, stored, lefts, rights, lines, sums):
                     left_row, left_k = _load_left(factors[p], k, length, m, height, lefts)
                     for panel in range(len(panels)):
                         columns = min(lanes, width - panel * lanes)
-                        place = out + m * row_step + (n + panel * lanes) * column_step
-                        whole = columns == lanes and column_step == sums.itemsize and height % FEWER == 0
+                        place = out + m * row_step + (n + panel * lanes) * sums.itemsize
+                        whole = columns == lanes and height % FEWER == 0
                         multiply_line(
-                            lefts.ctypes.data, left_row, left_k, -(-height // FEWER) * FEWER,
+                            left, left_row, left_k, -(-height // FEWER) * FEWER,
                             panels[panel].ctypes.data, LINE, length,
-                            place if whole else sums.ctypes.data, row_step if whole else LINE, begin or not whole,
-                            panels.dtype, nothing, nothing, nothing,
+                            place if whole else edge, row_step if whole else LINE, begin or not whole, panels.dtype,
+                            nothing, nothing, nothing,
                         )  # fmt: skip
                         if not whole:
-                            _store(sums[:height, :columns], begin, place, row_step, column_step)
+                            _store(sums[:height, :columns], begin, place, row_step)
 
 
 @jit()
@@ -292,17 +302,12 @@ def _multiply_by(numbers, scale, line):
 
 
 @jit()
-def _store(sums, begin, out, row_step, column_step):
+def _store(sums, begin, out, row_step):
     """Put sums where they belong, or add them to what is there."""
     for i in range(sums.shape[0]):
-        if column_step == sums.itemsize:
-            target = at_address(out + i * row_step, (sums.shape[1],), sums.dtype)
-            for j in range(sums.shape[1]):
-                target[j] = sums[i, j] if begin else target[j] + sums[i, j]
-        else:
-            for j in range(sums.shape[1]):
-                target = at_address(out + i * row_step + j * column_step, (1,), sums.dtype)
-                target[0] = sums[i, j] if begin else target[0] + sums[i, j]
+        source, target = sums[i], at_address(out + i * row_step, (sums.shape[1],), sums.dtype)
+        for j in range(len(target)):
+            target[j] = source[j] if begin else target[j] + source[j]
 
 
 @jit()
