@@ -120,7 +120,7 @@ def _compute(products: Sequence[Product], dtype: Any) -> None:
     stored = kinds.pop() if len(kinds) == 1 else dtype  # of several, all are widened beforehand
     work = sum(map(_work, products))
     threads = threads_if(work >= 2 * GRAIN)
-    least = max(GRAIN, work // (PIECES * threads))
+    least = max(GRAIN, work // (PIECES * threads)) if threads > 1 else max(work, 1)
     held: list[Array] = []  # addresses keep nothing alive
     factors: list[tuple[int, ...]] = []
     blocks: list[tuple[int, ...]] = []
@@ -210,6 +210,7 @@ def _stage(factors, blocks, stored, kind, dtype, stage):
 
 @jit(inline="always")
 def _fill_block(factors, block, stored, lefts, rights, lines, sums):
+    """The loops around the tiles; what a tile cannot write to its place goes through `sums`."""
     first, end, top, bottom, start, stop = block[0], block[1], block[2], block[3], block[4], block[5]
     out, row_step = block[6], block[7]
     lanes, nothing = sums.shape[1], np.int64(0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Protocol
 
 import numba
@@ -16,6 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from minimoe.arrays import BFLOAT16
+from minimoe.bench import measure
 from minimoe.bench.device import GpuProbe
 from minimoe.checkpoint.memory import require_memory
 from minimoe.loops import FAST, jit
@@ -40,7 +41,7 @@ class Probe(Protocol):
 
 
 class CpuProbe:
-    """The CPU: a parallel sum over 1 GiB; NumPy's BLAS; our products for weights stored in bfloat16."""
+    """The CPU: a parallel sum over 1 GiB; NumPy's BLAS; our products for weights stored in bfloat16 or int8."""
 
     def __init__(self) -> None:
         require_memory(READ_BYTES + 8 * SIDE * SIDE * 4, "the benchmark's read test and matrix products")
@@ -64,14 +65,15 @@ class CpuProbe:
     def rate(self, dtype: str) -> float:
         """Multiply each way there is; the faster counts.
 
-        Narrow weights have two ways: widened by us, or, where a model would keep them so, as float32 by BLAS.
+        Narrow weights have two ways: as they are stored, by us, or, where a model would widen them, as float32 by BLAS.
         """
         left = self._left64 if dtype == "float64" else self._left
         out = np.empty((SIDE, SIDE), left.dtype)
         right = self._right.get(dtype, self._right["float32"])
         times = [_timed(lambda: np.matmul(left, right.T, out=out))]
         if dtype in self._narrow:
-            times += [_timed(lambda: compute([Product([(left, self._narrow[dtype])], out)]))]
+            sleep(measure.SETTLE)
+            times += [_timed(lambda: compute([Product([(left, self._narrow[dtype])], out)])) for _ in range(2)]
         return 2 * SIDE**3 / min(times)
 
 

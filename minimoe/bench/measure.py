@@ -15,7 +15,7 @@ import numpy as np
 
 BURST = 0.5  # seconds that a turn lasts at least
 NOISY = 0.15  # a spread above this is said
-_SETTLE = 0.1  # seconds between turns: so long do BLAS's threads go on spinning, and take cores from the next
+SETTLE = 0.1  # seconds between turns: so long do BLAS's threads go on spinning, and take cores from the next
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def rounds(count: int, turns: Mapping[str, Callable[[], float]]) -> dict[str, Sa
     for i in range(count):
         order = list(turns.items())
         for name, measure in order if i % 2 == 0 else order[::-1]:
-            sleep(_SETTLE)
+            sleep(SETTLE)
             found[name].append(turn(measure))
     return {name: Samples(values) for name, values in found.items()}
 

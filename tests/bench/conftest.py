@@ -9,6 +9,6 @@ from tests.bench.documents import FixedProbe, fresh_process
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(measure, "BURST", 0.0)
-    monkeypatch.setattr(measure, "_SETTLE", 0.0)
+    monkeypatch.setattr(measure, "SETTLE", 0.0)
     monkeypatch.setitem(limits.PROBES, "cpu", FixedProbe)
     monkeypatch.setattr(cold, "measure", fresh_process)
