@@ -27,9 +27,10 @@ from minimoe.arrays import is_bfloat16
 from minimoe.shapes import Array
 
 # Threads of GNU OpenMP spin for milliseconds after a parallel loop, in case another follows, and so take a core from
-# the threads of the next matrix product, or from another process. Asleep they cost 7 µs more per loop when the
-# machine is idle; when it is busy the same loop takes 8 µs instead of a scheduler's slice of 17 ms. libgomp reads this
-# when the first parallel loop is compiled. What the user has set stays, and so does Numba's order of layers.
+# another process, or from another library's threads. Asleep they cost 7 µs more per loop when the machine is idle, 50
+# where a sleeping core is slow to wake; when it is busy the same loop takes 8 µs instead of a scheduler's slice of
+# 17 ms. libgomp reads this when the first parallel loop is compiled. What the user has set stays, $GOMP_SPINCOUNT
+# too, and so does Numba's order of layers.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # What a reduction needs to vectorise; NaN and Inf keep their meaning (no nnan, no ninf).
