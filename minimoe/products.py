@@ -77,12 +77,12 @@ def compute(products: Sequence[Product]) -> None:
         for left, right in product.pairs:
             if (left.shape[1], (left.shape[0], right.shape[1])) != (right.shape[0], product.out.shape):
                 raise ValueError(f"cannot multiply {left.shape} by {right.shape} into {product.out.shape}")
-    apart = [(p.out, Product(p.pairs, np.empty(p.out.shape, p.out.dtype))) for p in products if not _row_by_row(p.out)]
-    whole = [p for p in products if _row_by_row(p.out)] + [p for _, p in apart]
-    for dtype in dict.fromkeys(product.out.dtype for product in whole):  # mostly one
-        _compute([product for product in whole if product.out.dtype == dtype], dtype)
-    for out, product in apart:
-        out[...] = product.out
+    written = [p if _row_by_row(p.out) else Product(p.pairs, np.empty(p.out.shape, p.out.dtype)) for p in products]
+    for dtype in dict.fromkeys(product.out.dtype for product in written):  # mostly one
+        _compute([product for product in written if product.out.dtype == dtype], dtype)
+    for product, other in zip(products, written, strict=True):
+        if other is not product:
+            product.out[...] = other.out
 
 
 def cut(product: Product, pieces: int) -> list[tuple[slice, slice]]:
@@ -118,13 +118,14 @@ def _compute(products: Sequence[Product], dtype: Any) -> None:
     """`compute` of results of one type."""
     kinds = {_kind(right, dtype) for product in products for _, right in product.pairs}
     stored = kinds.pop() if len(kinds) == 1 else dtype  # of several, all are widened beforehand
-    work = sum(map(_work, products))
+    works = [_work(product) for product in products]
+    work = sum(works)
     threads = threads_if(work >= 2 * GRAIN)
     least = max(GRAIN, work // (PIECES * threads)) if threads > 1 else max(work, 1)
     held: list[Array] = []  # addresses keep nothing alive
     factors: list[tuple[int, ...]] = []
     blocks: list[tuple[int, ...]] = []
-    for product in products:
+    for product, its_work in zip(products, works, strict=True):
         out, first = product.out, len(factors)
         for left, right in product.pairs:
             if len(right):
@@ -134,7 +135,7 @@ def _compute(products: Sequence[Product], dtype: Any) -> None:
         if len(factors) == first:
             out[...] = 0
             continue
-        pieces = _work(product) // least
+        pieces = its_work // least
         for rows, columns in cut(product, pieces // threads * threads or pieces):
             bounds = (rows.start, rows.stop, columns.start, columns.stop)
             blocks.append((first, len(factors), *bounds, address(out), out.strides[0]))
