@@ -68,7 +68,8 @@ def _step(w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, 
 
 @jit()
 def _step_some(start, stop, w, g, m, v, beta1, rest1, beta2, rest2, bias1, bias2, lr, decay, eps, scale):
-    for i in range(start, stop):
+    w, g, m, v = w[start:stop], g[start:stop], m[start:stop], v[start:stop]  # from 0 on: LLVM can vectorise
+    for i in range(len(w)):
         gradient = g[i] * scale
         m[i] = beta1 * m[i] + rest1 * gradient
         v[i] = beta2 * v[i] + rest2 * gradient * gradient

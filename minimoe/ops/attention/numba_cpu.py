@@ -23,10 +23,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, FEW_PRODUCTS, FMA, exp, holds_bfloat16, jit, rounded, storage, tanh, widen
+from minimoe.loops import FAST, FEW_PRODUCTS, FMA, copy, exp, holds_bfloat16, jit, rounded, storage, tanh, widen
+from minimoe.products import round_row
 from minimoe.shapes import Array
 from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, take, together
-from minimoe.tiles import multiply
+from minimoe.tiles import multiply, turn
 
 LANES = 64  # queries per block: four lines in float32
 FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
@@ -100,12 +101,16 @@ def many(q, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse):
 
 @jit(fastmath=FMA)
 def _many_stage(q, k, v, q_pos, k_pos, window, scale, cap, stage, out, lse):
-    """What each thread does: whole blocks, the late ones first, which see more keys than the early ones."""
+    """What each thread does: whole blocks, head by head, as those of a head read the same keys.
+
+    The late blocks of a head come first. They see more keys than the early ones, so the last of all is short.
+    """
     B, T, K = q.shape[0], q.shape[1], k.shape[2]
     heads, blocks = B * K, (T * (q.shape[2] // K) + LANES - 1) // LANES
     item = take(stage, heads * blocks)
     while item != NONE:
-        b, kh, block = item % heads // K, item % K, blocks - 1 - item // heads
+        head, block = item // blocks, blocks - 1 - item % blocks
+        b, kh = head // K, head % K
         _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, block)
         item = take(stage, heads * blocks)
 
@@ -116,11 +121,14 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, b
     T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
     start, lanes = block * LANES, min(LANES, T * G - block * LANES)
     position = np.full(LANES, -1, np.int64)
+    tokens, heads = _places(start, lanes, kh, G)
     for lane in range(lanes):
-        position[lane] = q_pos[b, (start + lane) // G]
+        position[lane] = q_pos[b, tokens[lane]]
     first, last = _seen(position[:lanes], k_pos[b], window)
     # forward: scores = q · kᵀ / sqrt(C)
-    qT = _load_lanes(q, b, kh, G, start, lanes, bf16)  # (C, LANES)
+    qT = _to_lanes(_load_queries(q[b], tokens, heads), C)  # (C, LANES)
+    if bf16:
+        _round(qT)
     rows = _load_rows(k, q.dtype, b, kh, first, last)  # (S', C)
     scores = np.empty((len(rows), LANES), q.dtype)
     multiply(rows, qT, scores, True)
@@ -154,11 +162,13 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, b
     rows = _load_rows(v, q.dtype, b, kh, first, last)
     outT = np.empty(qT.shape, q.dtype)
     multiply(rows.T, scores, outT, True)
+    for c in range(C):
+        row = outT[c]
+        for lane in range(LANES):
+            row[lane] /= divisor[lane]
+    _store_lanes(outT, tokens, heads, out[b])
     for lane in range(lanes):
-        t, h = (start + lane) // G, kh * G + (start + lane) % G
-        for c in range(C):
-            out[b, t, h, c] = outT[c, lane] / divisor[lane]
-        lse[b, t, h] = -np.inf if total[lane] == 0 else top[lane] + np.log(total[lane])
+        lse[b, tokens[lane], heads[lane]] = -np.inf if total[lane] == 0 else top[lane] + np.log(total[lane])
 
 
 @jit()
@@ -189,18 +199,19 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, out, lse, dq
     for start in range(0, T * G, LANES):
         lanes = min(LANES, T * G - start)
         position = np.full(LANES, -1, np.int64)
+        tokens, heads = _places(start, lanes, kh, G)
         # No visible key, or an empty lane: exp(score - inf) = 0 everywhere
         norm, delta = np.full(LANES, np.inf, q.dtype), np.zeros(LANES, q.dtype)
         for lane in range(lanes):
-            t, h = (start + lane) // G, kh * G + (start + lane) % G
-            position[lane] = q_pos[b, t]
-            norm[lane] = np.inf if lse[b, t, h] == -np.inf else lse[b, t, h]
-            for c in range(C):
-                delta[lane] += dout[b, t, h, c] * out[b, t, h, c]
+            position[lane], found = q_pos[b, tokens[lane]], lse[b, tokens[lane], heads[lane]]
+            norm[lane] = np.inf if found == -np.inf else found
         first, last = _seen(position[:lanes], k_pos[b], window)
         seen_keys, seen_values = keys[first:last], values[first:last]
+        queries, douts = _load_queries(q[b], tokens, heads), _load_queries(dout[b], tokens, heads)
         # forward: probs = exp(scores - lse)
-        qT = _load_lanes(q, b, kh, G, start, lanes, holds_bfloat16(k))
+        qT = _to_lanes(queries, C)
+        if holds_bfloat16(k):
+            _round(qT)
         probs = np.empty((last - first, LANES), q.dtype)
         multiply(seen_keys, qT, probs, True)
         _mask(probs, position, lanes, k_pos[b], first, window, factor)
@@ -213,8 +224,12 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, out, lse, dq
             for lane in range(LANES):
                 row[lane] = exp(row[lane] - norm[lane])
         # forward: out = probs · v, and v serves the G query heads of its group
-        multiply(probs, _load_queries(dout, b, kh, G, start, lanes), dvalues[first:last], False)
-        doutT = _load_lanes(dout, b, kh, G, start, lanes, False)
+        multiply(probs, douts, dvalues[first:last], False)
+        doutT, outT = _to_lanes(douts, C), _to_lanes(_load_queries(out[b], tokens, heads), C)
+        for c in range(C):
+            row, drow = outT[c], doutT[c]
+            for lane in range(LANES):
+                delta[lane] += drow[lane] * row[lane]
         dscores = np.empty(probs.shape, q.dtype)
         multiply(seen_values, doutT, dscores, True)  # now dprobs
         # forward: probs = softmax(scores);  Σ_s probs · dprobs = dout · out;  scores = q · kᵀ / sqrt(C)
@@ -227,13 +242,10 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, out, lse, dq
                 drow, slope = dscores[s], slopes[s]
                 for lane in range(LANES):
                     drow[lane] *= slope[lane]
-        multiply(dscores, _load_queries(q, b, kh, G, start, lanes), dkeys[first:last], False)
+        multiply(dscores, queries, dkeys[first:last], False)
         dqT = np.empty(qT.shape, q.dtype)
         multiply(seen_keys.T, dscores, dqT, True)
-        for lane in range(lanes):
-            t, h = (start + lane) // G, kh * G + (start + lane) % G
-            for c in range(C):
-                dq[b, t, h, c] = dqT[c, lane]
+        _store_lanes(dqT, tokens, heads, dq[b])
     for s in range(S):
         for c in range(C):
             dk[b, s, kh, c], dv[b, s, kh, c] = dkeys[s, c], dvalues[s, c]
@@ -301,27 +313,45 @@ def _cap_with_slopes(scores, cap, slopes):
 
 
 @jit()
-def _load_lanes(x, b, kh, G, start, lanes, bf16):
-    """Queries start.. of one group as (C, LANES); zeros wherever no query is."""
-    C = x.shape[3]
-    local = np.zeros((C, LANES), x.dtype)
-    for lane in range(lanes):
-        row = x[b, (start + lane) // G, kh * G + (start + lane) % G]
-        for c in range(C):
-            local[c, lane] = rounded(row[c]) if bf16 else row[c]
+def _places(start, number, kh, G):
+    """Token and head of the queries from `start` on of one group."""
+    tokens, heads = np.empty(number, np.int64), np.empty(number, np.int64)
+    for i in range(number):
+        tokens[i], heads[i] = (start + i) // G, kh * G + (start + i) % G
+    return tokens, heads
+
+
+@jit()
+def _load_queries(x, tokens, heads):
+    """Rows of x (T, H, C) as (LANES, C), C padded to whole lines; zeros wherever no query is."""
+    C = x.shape[2]
+    local = np.zeros((LANES, _padded(C)), x.dtype)
+    for lane in range(len(tokens)):
+        copy(x[tokens[lane], heads[lane]], local[lane, :C])
     return local
 
 
 @jit()
-def _load_queries(x, b, kh, G, start, lanes):
-    """Queries start.. of one group as (LANES, C), C padded to whole lines; zeros wherever no query is."""
-    C = x.shape[3]
-    local = np.zeros((LANES, _padded(C)), x.dtype)
-    for lane in range(lanes):
-        row, target = x[b, (start + lane) // G, kh * G + (start + lane) % G], local[lane]
-        for c in range(C):
-            target[c] = row[c]
-    return local
+def _to_lanes(queries, C):
+    """Turn queries (LANES, C or more) into (C, LANES)."""
+    lanes = np.empty((C, LANES), queries.dtype)
+    turn(queries[:, :C], lanes)
+    return lanes
+
+
+@jit()
+def _store_lanes(x, tokens, heads, target):
+    """Put x (C, LANES) in its rows of `target` (T, H, C)."""
+    queries = np.empty((LANES, len(x)), x.dtype)
+    turn(x, queries)
+    for lane in range(len(tokens)):
+        copy(queries[lane], target[tokens[lane], heads[lane]])
+
+
+@jit()
+def _round(x):
+    for i in range(len(x)):
+        round_row(x[i], x[i])
 
 
 @jit()
