@@ -83,6 +83,7 @@ def test_badges_open_this_notebook(path):
         f"https://colab.research.google.com/github/minimoe/minimoe/blob/main/notebooks/{path.name}",
         f"https://mybinder.org/v2/gh/minimoe/minimoe/main?labpath=notebooks%2F{path.name}",
     ]
+    assert cells(path, "markdown")[0]["source"].splitlines()[2].startswith("(Colab opens this page alone: ")
 
 
 @each
@@ -117,6 +118,32 @@ def test_outputs_tell_nothing_of_the_machine_they_came_from(path):
         assert places is None, places
         address = re.search(r"<[^<>]* at 0x[0-9a-f]{6,}>", text)
         assert address is None, address
+
+
+def calls(node: ast.AST) -> set[str]:
+    """The names of the functions that a piece of code calls."""
+    return {
+        getattr(n.func, "attr", getattr(n.func, "id", "")) for n in ast.walk(node) if isinstance(n, ast.Call)
+    }  # fmt: skip
+
+
+@each
+def test_code_that_is_shown_is_the_code_as_it_is(path):
+    """Cells that print a part of the package's sources are run again, and must print the same."""
+    before: list[ast.stmt] = []
+    for cell in cells(path, "code"):
+        body = ast.parse(cell["source"]).body
+        names = set().union(*map(reads, body)) if body else set()
+        kept = [node for node in needed(before, names) if isinstance(node, ast.Assign)]  # code = sources(…)
+        shows = any(calls(node) & {"getsource", "sources", "kernels"} for node in [*body, *kept])
+        if shows and any("print" in calls(node) for node in body):
+            space: dict[str, Any] = {"__name__": "__main__"}
+            with contextlib.redirect_stdout(io.StringIO()):
+                _run(needed(before, names), space)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                _run(body, space)
+            assert out.getvalue() == "".join("".join(o.get("text", "")) for o in cell["outputs"])
+        before += body
 
 
 @each

@@ -38,7 +38,7 @@ def attention_maps(
     Parameters
     ----------
     probs : (H, T, S), of one sequence: `trace["layers.0.attention.probs"][0]`
-    pieces : S texts of the keys; they label the rows where T = S and there are at most 32
+    pieces : S texts of the keys; they label rows and columns where T = S and there are at most 32
     window : W, or None
     q_pos, k_pos : (T,), (S,) positions, -1 for padding and empty slots; by default both count from 0 and end together
     num_kv_heads : K, to name the key/value head that each head reads
@@ -52,23 +52,26 @@ def attention_maps(
     labelled = pieces is not None and T == S <= _MOST_LABELS
     panel = max(float(np.clip(9.6 / columns, 1.6, 3.2)), 0.108 * T * labelled)
     tall = panel * min(max(T / S, 0.25), 1.0)
-    left = _LABELS * CHARACTER * _SIZE + 0.08 if labelled else 0.3
+    left, below = (_LABELS * CHARACTER * _SIZE + 0.08,) * 2 if labelled else (0.3, 0.25)
     width = max(left + columns * (panel + _GAP) - _GAP, 5.0)
     unseen = "later ones" if window is None else f"later ones, and those outside the window of {window}"
     head = Head(title, f"A row per query, a column per key. Hatched: keys it may not see ({unseen}).", width)
-    lines = math.ceil(H / columns)
-    page = Page(width + 2 * MARGIN, 2 * MARGIN + head.height + lines * (_HEAD + tall + 0.25) + 0.42)
+    lines, line_tall = math.ceil(H / columns), _HEAD + tall + below
+    page = Page(width + 2 * MARGIN, 2 * MARGIN + head.height + lines * line_tall + 0.42)
     top = head.draw(page)
     for h in range(H):
         line, column = divmod(h, columns)
-        x, y = MARGIN + left + column * (panel + _GAP), top + line * (_HEAD + tall + 0.25)
+        x, y = MARGIN + left + column * (panel + _GAP), top + line * line_tall
         reads = "" if num_kv_heads is None else f", keys {h // (H // num_kv_heads)}"
         page.write(x, y, f"head {h}{reads}", 9, weight="bold")
         axes = page.box(x, y + _HEAD, panel, tall)
         _draw_map(axes, probs[h], visible, h)
-        if column == 0:
-            _label_queries(axes, pieces if labelled else None, T)
-    _draw_key(page, MARGIN + left, top + lines * (_HEAD + tall + 0.25) + 0.05)
+        if labelled and pieces is not None:
+            _label(axes, pieces, queries=column == 0)
+        elif column == 0:
+            places = sorted({0, (T - 1) // 2, T - 1})
+            axes.set_yticks(places, [str(place) for place in places], color=FAINT)
+    _draw_key(page, MARGIN + left, top + lines * line_tall + 0.05)
     return page
 
 
@@ -106,14 +109,13 @@ def _draw_map(axes: Axes, probs: Float[Array, "T S"], visible: Bool[Array, "T S"
     axes.spines[:].set_color(RULE)
 
 
-def _label_queries(axes: Axes, pieces: Sequence[str] | None, T: int) -> None:
-    if pieces is None:
-        places = sorted({0, (T - 1) // 2, T - 1})
-        axes.set_yticks(places, [str(place) for place in places], color=FAINT)
-        return
+def _label(axes: Axes, pieces: Sequence[str], queries: bool) -> None:
+    """Name every column and, of the leftmost panels, every row."""
     texts = [drawable_piece(piece) for piece in pieces]
     texts = [text if len(text) <= _LABELS else text[: _LABELS - 1] + "…" for text in texts]
-    axes.set_yticks(range(T), texts, family=MONO, fontsize=_SIZE)
+    axes.set_xticks(range(len(texts)), texts, rotation=90, family=MONO, fontsize=_SIZE)
+    if queries:
+        axes.set_yticks(range(len(texts)), texts, family=MONO, fontsize=_SIZE)
 
 
 def _draw_key(page: Page, left: float, top: float) -> None:

@@ -55,7 +55,7 @@ def routing_differences(
     _draw_layers(page.chart(MARGIN + 0.4, top + 0.35, _BARS - 0.4, _TALL), different & routed, routed)
     left = MARGIN + _BARS + _GAP
     page.write(left, top, "By margin", 10, weight="bold")
-    page.write(left + 1.0, top + 0.015, "percent of tokens, equally many per step", 8.5, color=FAINT)
+    page.write(left + 1.0, top + 0.015, "percent of tokens; each step holds equally many tokens", 8.5, color=FAINT)
     axes = page.chart(left + 0.1, top + 0.35, _CURVE - 0.1, _TALL)
     _draw_margins(axes, margins[routed], different[routed], bins)
     return page
@@ -104,7 +104,7 @@ def _draw_margins(axes: Axes, margins: Float[Array, " M"], different: Bool[Array
     axes.plot(found, np.full(len(found), -0.05 * highest), linestyle="", marker="|", markersize=6, color=_LINE,
               markeredgewidth=0.7, alpha=0.7, gid="differing")  # fmt: skip
     axes.set_ylim(-0.1 * highest, highest)
-    axes.set_xlim(low, 1.05 * float(edges[-1]))
+    axes.set_xlim(0.8 * low, 1.05 * float(edges[-1]))
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("margin in logits; a tick for each choice that differs", fontsize=8.5, color=FAINT)

@@ -55,7 +55,7 @@ def roofline(
     labels : n names of what was measured
     backends : n names of the backend of each
     bandwidth, peak : backend -> bytes per second, floating-point operations per second; backends on one machine that
-        have the same roof share one line
+        have the same roof share one line, in ink
     title : above all
     """
     x, y = np.asarray(intensity, np.float64), np.asarray(speed, np.float64)
@@ -71,8 +71,10 @@ def roofline(
     axes.set_yscale("log")
     names = list(bandwidth)
     low, high = _limits(x, y, bandwidth, peak)
-    for i, name in enumerate(names):
-        _draw_roof(axes, bandwidth[name], peak[name], (low, high), SERIES[i % len(SERIES)], name)
+    roofs = [(bandwidth[name], peak[name]) for name in names]
+    for i, (name, roof) in enumerate(zip(names, roofs, strict=True)):
+        colour = SERIES[i % len(SERIES)] if roofs.count(roof) == 1 else INK
+        _draw_roof(axes, *roof, (low, high), colour, name)
     axes.set_xlim(low, high)
     _draw_points(axes, x, y, [names.index(backend) for backend in backends])
     axes.minorticks_off()

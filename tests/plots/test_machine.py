@@ -76,6 +76,21 @@ def test_the_roofline_draws_points_roofs_and_the_share_of_the_roof():
     assert 350 / 40 in roof.get_xdata()
 
 
+def test_a_roof_that_backends_share_has_the_colour_of_none():
+    def colours(peak_of_b):
+        page = plots.roofline(
+            [1.0, 1.0], [1e9, 2e9], ["norm", "norm"], ["a", "b"],
+            bandwidth={"a": 40e9, "b": 40e9}, peak={"a": 350e9, "b": peak_of_b},
+        )  # fmt: skip
+        points = [point.get_color() for point in artists(page, "point-").values()]
+        return [roof.get_color() for roof in artists(page, "roof-").values()], points
+
+    roofs, points = colours(300e9)
+    assert roofs == points
+    roofs, points = colours(350e9)
+    assert len(set(roofs)) == 1 and not set(roofs) & set(points)
+
+
 def test_what_is_attainable():
     np.testing.assert_allclose(attainable(np.array([1.0, 10.0, 1000.0]), 30e9, 350e9), [30e9, 300e9, 350e9])
 

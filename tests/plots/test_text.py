@@ -139,6 +139,16 @@ def test_attention_shows_probabilities_and_hides_what_the_window_hides():
         np.testing.assert_allclose(image[seen], probs[h][seen])
 
 
+def test_attention_names_rows_and_columns():
+    pieces = ["a", "b", "c"]
+    axes = artists(plots.attention_maps(np.tri(3)[None].repeat(2, 0) / [[1], [2], [3]], pieces), "head-")
+    first, second = (axes[f"head-{h}"].axes for h in range(2))
+    for panel in (first, second):
+        assert [text.get_text() for text in panel.get_xticklabels()] == pieces
+    assert [text.get_text() for text in first.get_yticklabels()] == pieces
+    assert not second.get_yticklabels()
+
+
 def test_attention_to_a_rolled_cache_goes_by_positions():
     """Slots 0..3 hold positions 4, 5, 2, 3; slot 4 is empty. Position 6 with a window of 3 sees 4 and 5 only."""
     page = plots.attention_maps(
