@@ -22,7 +22,7 @@ import numpy as np
 
 from minimoe.arrays import is_bfloat16
 from minimoe.arrays import widen as widened
-from minimoe.loops import address, at_address, copy, holds_pairs, jit, pair, rounded, storage, widen
+from minimoe.loops import address, at_address, bytes_of, copy, holds_pairs, jit, pair, rounded, storage, widen
 from minimoe.quantized import Int8
 from minimoe.shapes import Array
 from minimoe.stages import NONE, PIECES, SMALL, new_stages, share, take, threads_if, together
@@ -38,13 +38,14 @@ class Product(NamedTuple):
 
     Attributes
     ----------
-    pairs : the factors (left, right), added up in this order; each of shapes (M, K) and (K, N), K may differ. Beside a
-        `right` that is stored in bfloat16 a `left` must have been rounded (see `operand`)
-    out : (M, N) array to fill, float32 or float64, of any strides
+    pairs : the factors (left, right), added up in this order; each of shapes (M, K) and (K, N), K may differ
+    out : (M, N) array to fill, float32 or float64, of any strides; neither a factor nor another `out` may overlap it
+    rounded : whether every `left` has been rounded to bfloat16 (see `operand`), so that no bit is lost in pairs
     """
 
     pairs: Sequence[tuple[Array, Array | Int8]]
     out: Array
+    rounded: bool = False
 
 
 def operand(x: Array, *others: Array | Int8) -> Array:
@@ -57,14 +58,15 @@ def operand(x: Array, *others: Array | Int8) -> Array:
 
 
 def multiply(left: Array, right: Array) -> Array:
-    """Return left · right in a new array."""
+    """Return left · right in a new array, `left` rounded if `right` is stored in bfloat16."""
+    left = operand(left, right)
     out = np.empty((left.shape[0], right.shape[1]), np.result_type(left, right))
-    compute([Product([(left, right)], out)])
+    compute([Product([(left, right)], out, is_bfloat16(right))])
     return out
 
 
 def compute(products: Sequence[Product]) -> None:
-    """Fill the `out` of all products, which must not overlap, on up to `numba.get_num_threads()` threads.
+    """Fill the `out` of all products, on up to `numba.get_num_threads()` threads.
 
     Blocks are begun in the order given: with the large products first, threads finish together.
 
@@ -77,7 +79,7 @@ def compute(products: Sequence[Product]) -> None:
         for left, right in product.pairs:
             if (left.shape[1], (left.shape[0], right.shape[1])) != (right.shape[0], product.out.shape):
                 raise ValueError(f"cannot multiply {left.shape} by {right.shape} into {product.out.shape}")
-    written = [p if _row_by_row(p.out) else Product(p.pairs, np.empty(p.out.shape, p.out.dtype)) for p in products]
+    written = [p if _row_by_row(p.out) else p._replace(out=np.empty(p.out.shape, p.out.dtype)) for p in products]
     for dtype in dict.fromkeys(product.out.dtype for product in written):  # mostly one
         _compute([product for product in written if product.out.dtype == dtype], dtype)
     for product, other in zip(products, written, strict=True):
@@ -142,7 +144,8 @@ def _compute(products: Sequence[Product], dtype: Any) -> None:
     if not blocks:
         return
     table, kind = np.array(factors, np.int64), dtype
-    if stored == np.uint16 and MULTIPLIES_PAIRS and all(_in_pairs(*factor) for factor in factors):
+    in_pairs = all(product.rounded for product in products) and all(_in_pairs(*factor) for factor in factors)
+    if stored == np.uint16 and MULTIPLIES_PAIRS and in_pairs:
         stored = kind = PAIR
         table[:, 0] //= 2
     _fill(table, np.array(blocks, np.int64), stored, kind, dtype, threads)
@@ -268,7 +271,7 @@ def _load_left(factor, k, length, m, height, room):
 def _load_right(factor, k, length, n, width, stored, lines, panels):
     """Copy some k's of some columns, widened, into panels (P, length, lanes), and zeros beyond the last column."""
     place, step, scale = factor[4], factor[5], factor[7]
-    lanes, size = LINE // panels.itemsize, np.empty(0, stored).itemsize
+    lanes, size = LINE // panels.itemsize, bytes_of(stored)
     if width % lanes:
         panels[-1, :length] = 0
     if factor[6]:  # a line for each column

@@ -39,7 +39,7 @@ from minimoe.loops import jit
 _FEATURES = (get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES).split(",")
 LINE = 64  # bytes
 ROWS = 12 if "+avx512f" in _FEATURES else 6
-FEWER = 4  # rows of a smaller tile, for what is left at an edge: with less, a multiplier would wait for its own sum
+FEWER = 4  # rows of a smaller tile, for what is left at an edge: with less, multipliers would mostly wait for sums
 PAIR = np.dtype(np.uint32)  # two bfloat16, the first in the lower half
 MULTIPLIES_PAIRS = "+avx512bf16" in _FEATURES  # whether there may be factors of that type
 

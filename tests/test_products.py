@@ -89,7 +89,7 @@ def test_whole_numbers_are_multiplied_exactly(way, stored, seed):
         right = lying(exact.astype(BFLOAT16 if stored == "bfloat16" else dtype), rng.choice(FORMS))
     whole = np.full((2 * M + 3, 2 * N + 3), 7, dtype)
     out = whole[1 : M + 1, 2 : N + 2] if rng.random() < 0.5 else whole[1 : 2 * M + 1 : 2, 2 : 2 * N + 2 : 2]
-    compute([Product([(lying(left, rng.choice(FORMS)), right)], out)])
+    compute([Product([(lying(left, rng.choice(FORMS)), right)], out, rounded=stored == "bfloat16")])
     truth = left.astype(np.float64) @ exact
     if stored == "int8":  # scales are no whole numbers
         assert np.abs(out - truth).max() <= 1e-5 * (np.abs(left).astype(np.float64) @ np.abs(exact)).max()
@@ -118,6 +118,21 @@ def test_bfloat16_weights(threads, way, shape, transposed):
     out = multiply(left, right)
     assert out.dtype == np.float32
     assert_close(out, left.astype(np.float64) @ right.astype(np.float64), 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_left_factor_that_is_not_rounded_keeps_all_its_bits(way, form):
+    """As gradients do: products of pairs would drop half of each."""
+    left, right = draw(70, 64, 48, np.float32)
+    right, out = lying(right.astype(BFLOAT16), form), np.empty((70, 48), np.float32)
+    compute([Product([(left, right)], out)])
+    assert_close(out, left.astype(np.float64) @ right.astype(np.float64), 1e-5)
+
+
+def test_a_product_of_pairs_rounds_by_itself(way):
+    left, right = draw(70, 64, 48, np.float32)
+    right = np.asfortranarray(right.astype(BFLOAT16))
+    assert np.array_equal(multiply(left, right), multiply(operand(left, right), right))
 
 
 def test_weights_of_several_types_in_one_sum(way):

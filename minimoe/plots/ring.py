@@ -48,8 +48,8 @@ def cache_ring(
     size = "one slot" if R == 1 else f"{R} slots"
     limit = "no window" if window is None else f"window {window}"
     told = (
-        f"{size}, {limit}. The darker, the later the position; hatched: no longer in the window of position "
-        f"{next_position}; white: empty."
+        f"{size}, {limit}. Inside, the position that a slot holds, the later the darker; outside, the slot's number. "
+        f"Hatched: no longer in the window of position {next_position}; white: empty."
     )
     head = Head(title, told, _SIZE)
     page = Page(_SIZE + 2 * MARGIN, 2 * MARGIN + head.height + _SIZE)

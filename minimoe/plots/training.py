@@ -40,9 +40,9 @@ def balance_over_training(
     title : above all
     """
     kinds = _checked_runs(runs)
-    head = Head(
-        title, "Pale: every step that was logged; dark: the mean over the neighbouring fiftieth of the run.", _WIDE
-    )
+    dense = any(len(values["step"]) >= 100 for values in runs.values())
+    smoothed = "Pale: every step that was logged; dark: the mean over the neighbouring fiftieth of the run."
+    head = Head(title, smoothed if dense else "Straight lines join the steps that were measured.", _WIDE)
     page = Page(
         _WIDE + 2 * MARGIN, 2 * MARGIN + head.height + 0.3 * (len(runs) > 1) + len(kinds) * (_TALL + _GAP) + 0.1
     )

@@ -15,7 +15,7 @@ _PIXELS = (128, 64)  # numbers of one map, at most: columns and rows; larger arr
 _SHOWN = (340, 104)  # room for one map on the page
 _CELL = 14  # of a small one
 _NARROWEST = 185  # column that holds a map, its name and its range
-_ROWS, _COLUMNS = 12, 10  # numbers shown
+_ROWS, _LAST, _COLUMNS = 12, 4, 10  # numbers shown; so many of the rows are the last ones, where not all are shown
 _SHORT = 4  # rows that are read at a glance
 
 # The colours of all maps; see `thumbnail`.
@@ -30,7 +30,7 @@ KEY = (
 def array_html(
     name: str, array: Array, letters: str, tokens: Sequence[str] | None = None, unfolded: bool = False
 ) -> str:
-    """Show one array: name, shape in letters and numbers, type, range, a heat map, and the first numbers folded away.
+    """Show one array: name, shape in letters and numbers, type, range, a heat map, and some numbers folded away.
 
     Rows of an array that has one per token (its letters begin with N) are headed by `tokens`. Where such rows are short
     enough to be read whole, as the choices of a gate, the numbers stand open.
@@ -65,17 +65,21 @@ def as_matrix(x: Array) -> Array:
 
 
 def numbers(matrix: Array, heads: Sequence[str] | None = None) -> str:
-    """Return the first rows and columns as text, each row after its head, and say what is left out."""
+    """Return the first and the last rows as text, each after its head, and say what is left out."""
     rows, columns = matrix.shape
-    shown = matrix[:_ROWS, :_COLUMNS]
+    which = list(range(rows) if rows <= _ROWS else [*range(_ROWS - _LAST), *range(rows - _LAST, rows)])
+    shown = matrix[which, :_COLUMNS]
     texts = [[f"{v:d}" if matrix.dtype.kind in "iub" else f"{v:.4g}" for v in row] for row in shown.tolist()]
     width = max((len(text) for row in texts for text in row), default=1)
-    names = [repr(head)[1:-1] for head in heads or ()][:_ROWS]
+    names = [repr(heads[i])[1:-1] for i in which] if heads else []
     room = max(map(len, names), default=0)
     before = [f"{name.ljust(room)} | " for name in names] or [""] * len(texts)
     lines = [head + "  ".join(text.rjust(width) for text in row) for head, row in zip(before, texts, strict=True)]
+    if rows > _ROWS:
+        lines.insert(_ROWS - _LAST, "⋮")
     if rows > _ROWS or columns > _COLUMNS:
-        lines.append(f"first {len(shown)} of {rows} rows, {shown.shape[1]} of {columns} columns")
+        some = f"the first {_ROWS - _LAST} and the last {_LAST}" if rows > _ROWS else "all"
+        lines.append(f"{some} of {rows} rows, {shown.shape[1]} of {columns} columns")
     return "\n".join(lines)
 
 

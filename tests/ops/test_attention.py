@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import ml_dtypes
@@ -154,6 +155,26 @@ def test_a_cap_bounds_scores_of_any_size(attention, T, dtype):
                  8 * np.finfo(dtype).eps)  # fmt: skip
     dq, dk, _ = attention.backward(v[:, :T].repeat(2, 2), q, k, v, q_pos, k_pos, None, out, lse, cap=30.0)
     assert np.isfinite(dq).all() and np.isfinite(dk).all()
+
+
+@pytest.mark.parametrize("T", [1, 12, 40])
+def test_a_cap_bounds_a_score_that_overflows(attention, T):
+    """-inf is a score here, not the mark of a key that is not seen: capped, it is -cap."""
+    q, k = np.full((1, T, 1, 4), 3e19, np.float32), np.full((1, T, 1, 4), -3e19, np.float32)
+    v, pos = np.ones_like(k), np.arange(T)[None]
+    with np.errstate(over="ignore"):
+        out, lse = attention.forward(q, k, v, pos, pos, None, cap=30.0)
+        gradients = attention.backward(v, q, k, v, pos, pos, None, out, lse, cap=30.0)
+    assert_close((out, lse[0, :, 0]), (v, np.log(np.arange(1, T + 1)) - 30), 1e-6)
+    assert_close(gradients[2][0, :, 0, 0], [sum(1 / (t + 1) for t in range(s, T)) for s in range(T)], 1e-5)
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    forward = inspect.unwrap(numba_cpu.forward)  # without the checks of these tests
+    q, k, v, q_pos, k_pos = draw(2, 3, 3, 4, 2, 4, 0)
+    for bad in ((q[:, :, :3], k, v), (q, k, v[:, :2]), (q[..., :3], k, v), (q[:1], k, v)):
+        with pytest.raises(ValueError, match="H a multiple of K"):
+            forward(*bad, q_pos, k_pos, None)
 
 
 def test_a_cap_far_above_the_scores_changes_nothing(attention):

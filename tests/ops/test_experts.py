@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import ml_dtypes
@@ -163,6 +164,37 @@ def test_a_saturated_activation_does_not_overflow(experts, N, activation):
 def test_an_unknown_activation_is_refused(experts):
     with pytest.raises(ValueError, match="activation must be one of silu, gelu_tanh, not 'gelu'"):
         experts.forward(*draw(1, 5, 7, 4, 2), activation="gelu")
+
+
+@pytest.mark.parametrize("N", [1, 90])
+@pytest.mark.parametrize("keep", [False, True])
+def test_ids_and_shapes_that_do_not_fit_are_refused(N, keep):
+    forward = inspect.unwrap(numba_cpu.forward)  # without the checks of these tests
+    x, w1, w2, w3, ids, weights = draw(N, 5, 7, 4, 2)
+    with pytest.raises(IndexError, match="expert 4 is chosen, and there are 4"):
+        forward(x, w1, w2, w3, np.where(ids == ids[0, 0], 4, ids), weights, keep)
+    for shapes in ((w1, w2[:, :4], w3), (w1, w2[:, :, :6], w3), (w1, w2, w3[:, :6]), (w1, w2, w3[:, :, :4])):
+        with pytest.raises(ValueError, match=r"must be|cannot multiply"):
+            forward(x, *shapes, ids, weights, keep)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_gradients_of_bfloat16_weights_do_not_round(experts, order):
+    x, w1, w2, w3, ids, weights = draw(90, 6, 8, 4, 2)
+    x, weights = x.astype(np.float32), weights.astype(np.float32)
+    stored = [[np.array(w[e].astype(BFLOAT16), order=order) for e in range(4)] for w in (w1, w2, w3)]
+    wide = [np.array(w, np.float64) for w in stored]
+    dout = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    _, saved = experts.forward(x, *stored, ids, weights, True)
+    found = experts.backward(dout, x, *stored, weights, saved)
+    exact = type(saved)(
+        saved.pairs, saved.offsets, *(s.astype(np.float64) for s in (saved.gate_in, saved.up, saved.slots))
+    )
+    assert_close(
+        found,
+        reference.backward(*(a.astype(np.float64) for a in (dout, x)), *wide, weights.astype(np.float64), exact),
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("N", [1, 9, 90])

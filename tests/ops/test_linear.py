@@ -1,3 +1,5 @@
+import inspect
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -65,14 +67,33 @@ def test_both_operands_are_rounded_where_the_weight_is_bfloat16(linear, N):
     assert_close(y, naive(x.astype(BFLOAT16), [w])[0], 1e-6)  # without rounding x it is off by 1e-3
 
 
-def test_gradients_of_bfloat16_weights_are_float32_and_do_not_round_x(linear):
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_gradients_of_bfloat16_weights_are_float32_and_do_not_round_x(linear, order):
     rng = np.random.default_rng(0)
-    x, dy = rng.normal(size=(3, 37)).astype(np.float32), rng.normal(size=(3, 5)).astype(np.float32)
-    w = rng.normal(size=(5, 37)).astype(BFLOAT16)
+    x, dy = rng.normal(size=(3, 37)).astype(np.float32), rng.normal(size=(3, 6)).astype(np.float32)
+    w = np.array(rng.normal(size=(6, 37)).astype(BFLOAT16), order=order)
     dx, [dw] = linear.backward([dy], x, [w])
     assert dx.dtype == dw.dtype == np.float32
     assert_close(dx, dy.astype(np.float64) @ w.astype(np.float64), 1e-6)
     assert_close(dw, dy.T.astype(np.float64) @ x, 1e-6)
+
+
+@pytest.mark.parametrize("N", [1, 40])
+def test_every_nan_stays_one_where_the_weight_is_bfloat16(linear, N):
+    for bits in (0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0x7F800001):
+        x = np.ones((N, 16), np.float32)
+        x[0, 3] = np.array(bits, np.uint32).view(np.float32)
+        with np.errstate(invalid="ignore"):
+            [y] = linear.forward(x, [np.ones((5, 16), BFLOAT16)])
+        assert np.isnan(y[0]).all(), hex(bits)
+        assert (y[1:] == 16).all()
+
+
+@pytest.mark.parametrize("N", [1, 40])
+def test_weights_of_another_width_are_refused(N):
+    forward = inspect.unwrap(numba_cpu.forward)  # without the checks of these tests
+    with pytest.raises(ValueError, match="cannot multiply"):
+        forward(np.ones((N, 64), np.float32), [np.ones((2**14, 32), np.float32)])
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16", "int8"])

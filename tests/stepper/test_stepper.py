@@ -214,8 +214,12 @@ def test_arrays_with_nothing_to_see_are_shown_all_the_same(array):
 
 
 def test_what_is_left_out_of_the_numbers_is_said():
-    assert numbers(np.zeros((30, 3))).endswith("first 12 of 30 rows, 3 of 3 columns")
-    assert "first" not in numbers(np.zeros((12, 10)))
+    lines = numbers(np.arange(90).reshape(30, 3), [f"t{i}" for i in range(30)]).splitlines()
+    assert lines[-1] == "the first 8 and the last 4 of 30 rows, 3 of 3 columns"
+    assert [line.split()[0] for line in lines[:-1]] == [*(f"t{i}" for i in range(8)), "⋮", "t26", "t27", "t28", "t29"]
+    assert lines[9].split()[2:] == ["78", "79", "80"]
+    assert numbers(np.zeros((3, 30))).endswith("all of 3 rows, 10 of 30 columns")
+    assert " of " not in numbers(np.zeros((12, 10)))
 
 
 def test_a_dense_model_steps_without_a_gate():

@@ -12,8 +12,8 @@ backward too, are products of tiles (see `tiles`). A block holds the scores of i
 grows with S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so
 causal attention costs half.
 
-One token (decode) would leave most lanes empty: `few` takes dot products along c instead, reads the cache as it
-lies, for all heads at once, and deals blocks of keys to threads.
+One token (decode), or a few, would leave most lanes empty: `few` takes dot products along c instead, reads the cache as
+it lies, for all heads at once, and deals blocks of keys to threads.
 """
 
 from __future__ import annotations
@@ -85,7 +85,16 @@ def scalars(C: int, window: int | None, scale: float | None, cap: float | None) 
 
 
 def _prepared(q: Array, k: Array, v: Array, q_pos: Array, k_pos: Array) -> tuple[Array, ...]:
-    """Contiguous arrays of the types that the loops are compiled for."""
+    """Contiguous arrays of the types that the loops are compiled for.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not belong together.
+    """
+    if k.shape != v.shape or q.shape[::3] != k.shape[::3] or q.shape[2] % k.shape[2]:
+        shapes = f"{q.shape}, {k.shape} and {v.shape}"
+        raise ValueError(f"q, k and v must be (B, T, H, C), (B, S, K, C) twice, H a multiple of K, not {shapes}")
     q = np.ascontiguousarray(q, np.float32 if is_bfloat16(k) else q.dtype)
     k, v = storage(np.ascontiguousarray(k)), storage(np.ascontiguousarray(v))
     # Positions are often a broadcast, read-only row: copied, so that Numba does not compile for that type as well.
@@ -133,9 +142,11 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, b
     scores = np.empty((len(rows), LANES), q.dtype)
     multiply(rows, qT, scores, True)
     top = np.full(LANES, -np.inf, q.dtype)
-    _mask(scores, position, lanes, k_pos[b], first, window, q.dtype.type(scale))
+    factor = q.dtype.type(scale)
     if cap != UNCAPPED:
-        _cap(scores, q.dtype.type(cap))
+        _cap(scores, factor, q.dtype.type(cap))
+        factor = q.dtype.type(1)
+    _mask(scores, position, lanes, k_pos[b], first, window, factor)
     for s in range(scores.shape[0]):
         row = scores[s]
         for lane in range(LANES):
@@ -214,11 +225,11 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, out, lse, dq
             _round(qT)
         probs = np.empty((last - first, LANES), q.dtype)
         multiply(seen_keys, qT, probs, True)
-        _mask(probs, position, lanes, k_pos[b], first, window, factor)
         slopes = np.empty((0, LANES), q.dtype)
         if cap != UNCAPPED:
             slopes = np.empty(probs.shape, q.dtype)
-            _cap_with_slopes(probs, q.dtype.type(cap), slopes)
+            _cap_with_slopes(probs, factor, q.dtype.type(cap), slopes)
+        _mask(probs, position, lanes, k_pos[b], first, window, q.dtype.type(1) if cap != UNCAPPED else factor)
         for s in range(probs.shape[0]):
             row = probs[s]
             for lane in range(LANES):
@@ -291,25 +302,24 @@ def _mask(scores, q_pos, lanes, k_pos, first, window, scale):
 
 
 @jit(fastmath=FMA)
-def _cap(scores, cap):
-    """Bound the visible scores: cap · tanh(score / cap). What is invisible stays -inf."""
-    minus_inf = scores.dtype.type(-np.inf)
+def _cap(scores, scale, cap):
+    """Scale the scores, and bound them: cap · tanh(score / cap)."""
     for s in range(scores.shape[0]):
         row = scores[s]
         for lane in range(LANES):
-            row[lane] = minus_inf if row[lane] == minus_inf else cap * tanh(row[lane] / cap)
+            row[lane] = cap * tanh(row[lane] * scale / cap)
 
 
 @jit(fastmath=FMA)
-def _cap_with_slopes(scores, cap, slopes):
+def _cap_with_slopes(scores, scale, cap, slopes):
     """`_cap`, and the slope of each score: d tanh(z) / dz = 1 - tanh(z)²."""
-    one, minus_inf = scores.dtype.type(1), scores.dtype.type(-np.inf)
+    one = scores.dtype.type(1)
     for s in range(scores.shape[0]):
         row, slope = scores[s], slopes[s]
         for lane in range(LANES):
-            bounded = tanh(row[lane] / cap)
+            bounded = tanh(row[lane] * scale / cap)
             slope[lane] = one - bounded * bounded
-            row[lane] = minus_inf if row[lane] == minus_inf else cap * bounded
+            row[lane] = cap * bounded
 
 
 @jit()

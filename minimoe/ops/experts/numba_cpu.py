@@ -1,8 +1,8 @@
 """Experts on the CPU: a counting sort puts the tokens of each expert side by side, in three ways from there on.
 
-Few tokens for each expert (decode, short prompts): the time is that of reading the chosen experts' weights, so two
-fused loops read each chosen weight once, whatever the number of tokens that share it: hidden = act(w1 x) ⊙ (w3 x) for
-all rows of w1 and w3, then slots = w2 hidden.
+Few tokens for each expert (decode, short prompts, small batches): the time is that of reading the chosen experts'
+weights, so two fused loops read each chosen weight once, whatever the number of tokens that share it:
+hidden = act(w1 x) ⊙ (w3 x) for all rows of w1 and w3, then slots = w2 hidden.
 
 Many tokens (prompts): the same two steps in tiles (see `tiles`), with an expert's tokens in the lanes. Rows of weights
 are read where they lie and widened a few at a time; what passes between the steps never changes its order. Where the
@@ -10,9 +10,10 @@ processor multiplies pairs of bfloat16, they are not widened, and tokens and hid
 
 In both the experts come as a table of addresses: one compiled loop for any E, stacked or memory-mapped.
 
-Training, which keeps what its backward needs row by row: one product for each segment (see `products`), and fused
-loops around it. Products turn the weights and leave the tokens as they are, which is less where an expert has more
-tokens than rows; here, of 128 tokens and 3,584 rows, it took a sixth longer.
+Otherwise (training with many tokens, whose backward needs arrays row by row; weights that the loops cannot read as they
+lie): one product for each segment (see `products`), and fused loops around it. Products turn the weights and leave the
+tokens as they are, which is less where an expert has more tokens than rows; prompts of 128 tokens for each expert and
+3,584 rows took a sixth longer that way.
 Whichever it was, the combine reads each token's k results in slot order.
 """
 
@@ -32,6 +33,7 @@ from minimoe.loops import (
     FEW_PRODUCTS,
     address,
     at_address,
+    bytes_of,
     copy,
     dots,
     holds_bfloat16,
@@ -72,6 +74,8 @@ def forward(
     activation: str = "silu",
 ) -> tuple[Float[Array, "N D"], Saved | None]:
     check_activation(activation)
+    if ids.size and ids.max() >= len(w1):
+        raise IndexError(f"expert {ids.max()} is chosen, and there are {len(w1)}")
     (N, D), k, F, gelu = x.shape, ids.shape[1], w1[0].shape[0], activation == "gelu_tanh"
     x = operand(x, w1[0])
     weights = np.ascontiguousarray(weights, x.dtype)
@@ -82,6 +86,7 @@ def forward(
     few_each = all(rows.stop - rows.start <= FEW_ROWS for _, rows in segments)
     chosen = [e for e, _ in segments] if few_each or not keep else []  # only of these are the weights touched
     views = [w[e] for w in (w1, w2, w3) for e in chosen]
+    _check_shapes([w.shape for w in views], F, D)
     if few_each and _alike(x, views):
         gate_in, up, ys = _forward_few(x, views, np.array(chosen, np.int64), F, pairs, offsets, k, gelu)
     elif not keep and _alike(x, views):
@@ -92,11 +97,13 @@ def forward(
         _gather(x, pairs, k, threads, xs)  # (N, D) -> (M, D)
         gate_in, up = (np.empty((len(pairs), F), x.dtype) for _ in range(2))
         halves = ((w1, gate_in), (w3, up))  # each (M_e, D) -> (M_e, F)
-        compute([Product([(xs[rows], w[e].T)], y[rows]) for e, rows in segments for w, y in halves])
+        rounded = is_bfloat16(w1[0])
+        compute([Product([(xs[rows], w[e].T)], y[rows], rounded) for e, rows in segments for w, y in halves])
         hidden = np.empty_like(up)
-        _activate(gate_in, up, gelu, is_bfloat16(w2[0]), threads, hidden)
+        rounded = is_bfloat16(w2[0])
+        _activate(gate_in, up, gelu, rounded, threads, hidden)
         ys = xs  # xs is read no more, and has the shape of the results
-        compute([Product([(hidden[rows], w2[e].T)], ys[rows]) for e, rows in segments])  # (M_e, F) -> (M_e, D)
+        compute([Product([(hidden[rows], w2[e].T)], ys[rows], rounded) for e, rows in segments])  # -> (M_e, D)
     _combine(ys, place, weights, threads_if(ys.size >= SMALL), out, slots)
     return out, Saved(pairs, offsets, gate_in, up, slots) if keep else None
 
@@ -155,6 +162,13 @@ def _segments(offsets: Int[Array, " E+1"]) -> list[tuple[int, slice]]:
     return [(e, slice(start, stop)) for e, (start, stop) in enumerate(bounds) if stop > start]
 
 
+def _check_shapes(shapes: list[tuple[int, ...]], F: int, D: int) -> None:
+    """Refuse weights, first all w1, then all w2, then all w3, that would be read beyond their end."""
+    third = len(shapes) // 3
+    if shapes != [(F, D)] * third + [(D, F)] * third + [(F, D)] * third:
+        raise ValueError(f"w1 and w3 must be {(F, D)}, and w2 {(D, F)}, not {sorted(set(shapes))}")
+
+
 def _alike(x: Float[Array, "N D"], views: list[Array]) -> bool:
     """Whether the fused loops can read these weights: of one type that suits `x`, and contiguous."""
     dtype = views[0].dtype if views else x.dtype
@@ -165,7 +179,7 @@ def _alike(x: Float[Array, "N D"], views: list[Array]) -> bool:
 def _forward_few(
     x: Float[Array, "N D"],
     views: list[Array],
-    chosen: Int[Array, " C"],
+    listed: Int[Array, " C"],
     F: int,
     pairs: Int[Array, " M"],
     offsets: Int[Array, " E+1"],
@@ -177,7 +191,7 @@ def _forward_few(
     ys = np.empty((M, D), x.dtype)
     if views:
         held, table, dtype = _table(views)
-        few(x, table, chosen, dtype, gelu, pairs, offsets, k, numba.get_num_threads(), gate_in, up, hidden, ys)
+        few(x, table, listed, dtype, gelu, pairs, offsets, k, numba.get_num_threads(), gate_in, up, hidden, ys)
         del held
     return gate_in, up, ys
 
@@ -191,7 +205,7 @@ def _table(views: list[Array]) -> tuple[list[Any], Int[Array, "2 3 C"], Any]:
 
 @jit()
 def few(x, table, listed, dtype, gelu, pairs, offsets, k, threads, gate_in, up, hidden, ys):
-    """`table` (2, 3, listed): where w1, w2 and w3 of each expert of the list lie, and the scales of their rows."""
+    """`listed` (C,) experts; `table` (2, 3, C): where their w1, w2 and w3 lie, and the scales of the rows of these."""
     (M, F), D = gate_in.shape, x.shape[1]
     xs, segments = np.empty((M, D), x.dtype), np.empty((len(listed), 3), np.int64)
     segments = segments[: few_segments(x, listed, pairs, offsets, k, xs, segments)]
@@ -205,13 +219,13 @@ def few_segments(x, listed, pairs, offsets, k, xs, segments):
     """Gather the pairs' tokens, list the experts that have any (place in the list, first row, end), count these."""
     for row in range(len(pairs)):
         copy(x[pairs[row] // k], xs[row])
-    chosen = 0
+    count = 0
     for i in range(len(listed)):
         start, stop = offsets[listed[i]], offsets[listed[i] + 1]
         if stop > start:
-            segments[chosen, 0], segments[chosen, 1], segments[chosen, 2] = i, start, stop
-            chosen += 1
-    return chosen
+            segments[count, 0], segments[count, 1], segments[count, 2] = i, start, stop
+            count += 1
+    return count
 
 
 @jit()
@@ -301,8 +315,8 @@ def _many_stages(x, table, panels, first, dtype, gelu, pairs, k, threads, stages
 
     A piece of the products is a block of CHUNK rows of one weight, for all panels of its expert.
     """
+    rows = np.empty((xs.shape[2], xs.shape[1]), xs.dtype)  # before a piece is begun: see `stages`
     panel = begin(stages[0], len(panels))
-    rows = np.empty((xs.shape[2], xs.shape[1]), xs.dtype)
     while panel != NONE:
         _load_panel(x, pairs, k, panels[panel], rows, xs[panel])
         panel = go_on(stages[0], len(panels))
@@ -379,15 +393,16 @@ def _activate_panel(gate_in, up, gelu, dtype, room, hidden):
 @jit()
 def _row_at(place, row, width, dtype):
     """Where a row of a weight begins."""
-    return place + row * width * np.empty(0, dtype).itemsize
+    return place + row * width * bytes_of(dtype)
 
 
 @jit()
 def _product(place, scale, rows, start, xs, dtype, after, wide, out):
     """out[panel, i] = w[start + i] · xs[panel] for some of the `rows` rows of the weight at an address.
 
-    Meanwhile it asks for what will be read next: the next stretch of these rows, or the rows at `after`. `wide` is
-    room for a stretch; its rows are longer, as rows whole pages apart would compete for few places of a cache.
+    Meanwhile it asks for what will be read next: the next stretch of these rows, their first one for the next group of
+    panels, or the rows at `after`. `wide` is room for a stretch; its rows are longer, as rows whole pages apart would
+    compete for few places of a cache.
     """
     P, width, height = xs.shape[0], xs.shape[1], out.shape[1]
     w = at_address(place, (rows, width), dtype)
@@ -401,9 +416,11 @@ def _product(place, scale, rows, start, xs, dtype, after, wide, out):
                 source, target = w[start + i, k : k + length], wide[i]
                 for j in range(length):
                     target[j] = widen(source[j])
-            ahead = place + start * row_bytes + (k + STRETCH) * w.itemsize  # the next stretch
-            if k + STRETCH >= width:
-                ahead = after if group == groups - 1 else place + start * row_bytes
+            ahead = place + start * row_bytes
+            if k + STRETCH < width:
+                ahead += (k + STRETCH) * w.itemsize
+            elif group == groups - 1:
+                ahead = after
             for i in range(0, length, DEPTH):
                 left = wide[:height, i : min(i + DEPTH, length)]
                 for panel in range(first, end):

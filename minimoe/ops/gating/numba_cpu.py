@@ -29,8 +29,8 @@ def forward(
     renormalise: bool = True,
 ) -> tuple[Float[Array, "N E"], Int[Array, "N k"], Float[Array, "N k"]]:
     N, E = len(x), len(gate)
-    x = operand(x, gate)
     if N <= FEW_ROWS and (gate.dtype == x.dtype or is_bfloat16(gate)):
+        x = operand(x, gate)
         logits = np.empty((N, E), x.dtype)
         few_logits(x, weight_view(gate), logits)
     else:

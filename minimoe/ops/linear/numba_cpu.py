@@ -30,10 +30,12 @@ def forward(
     work = len(x) * sum(w.size for w in weights)
     if len(x) <= FEW_ROWS and same and (work >= FEW_PRODUCTS or narrow):
         return _forward_few(x, [w if isinstance(w, Int8) else np.ascontiguousarray(w) for w in weights])
-    xs = [operand(x, w) for w in weights]
+    narrowed, x = operand(x, *weights), np.ascontiguousarray(x)
+    xs = [narrowed if is_bfloat16(w) else x for w in weights]
     types = [xw.dtype if isinstance(w, Int8) else np.result_type(xw, w) for xw, w in zip(xs, weights, strict=True)]
     ys = [np.empty((len(x), len(w)), kind) for w, kind in zip(weights, types, strict=True)]
-    compute([Product([(xw, w.T)], y) for xw, w, y in zip(xs, weights, ys, strict=True)])  # (N, I) -> (N, O)
+    products = [Product([(xw, w.T)], y, is_bfloat16(w)) for xw, w, y in zip(xs, weights, ys, strict=True)]
+    compute(products)  # (N, I) -> (N, O)
     return ys
 
 
@@ -52,6 +54,8 @@ def _forward_few(
     x: Float[Array, "N I"], weights: Sequence[Float[Array, "_ I"] | Int[Int8, "_ I"]]
 ) -> list[Float[Array, "N _"]]:
     """One launch for all weights, by address: one compiled loop for any number of them, memory-mapped or not."""
+    if any(w.shape[1] != x.shape[1] for w in weights):
+        raise ValueError(f"cannot multiply {x.shape} by the transposes of {[w.shape for w in weights]}")
     bf16 = is_bfloat16(weights[0])
     N = len(x)
     x = np.ascontiguousarray(x, np.float32 if bf16 else x.dtype)
