@@ -20,7 +20,7 @@ from minimoe.bench import measure
 from minimoe.bench.device import GpuProbe
 from minimoe.checkpoint.memory import require_memory
 from minimoe.loops import FAST, jit
-from minimoe.products import Product, compute
+from minimoe.products import Product, compute, operand
 from minimoe.quantized import quantize
 from minimoe.shapes import Array
 from minimoe.threads import use
@@ -44,7 +44,7 @@ class CpuProbe:
     """The CPU: a parallel sum over 1 GiB; NumPy's BLAS; our products for weights stored in bfloat16 or int8."""
 
     def __init__(self) -> None:
-        require_memory(READ_BYTES + 8 * SIDE * SIDE * 4, "the benchmark's read test and matrix products")
+        require_memory(READ_BYTES + 9 * SIDE * SIDE * 4, "the benchmark's read test and matrix products")
         rng = np.random.default_rng(0)
         # Whole numbers so small that every sum of a part is exact; random, as a host may merge pages that are equal.
         self._read = rng.integers(0, 4, READ_BYTES // 4, np.uint8).astype(np.float32)
@@ -53,7 +53,7 @@ class CpuProbe:
         self._left, right = rng.standard_normal((2, SIDE, SIDE), np.float32)
         self._right = {"float32": right, "float64": right.astype(np.float64)}
         self._narrow = {"bfloat16": right.astype(BFLOAT16).T, "int8": quantize(right).T}
-        self._left64 = self._left.astype(np.float64)
+        self._left64, self._rounded = self._left.astype(np.float64), operand(self._left, self._narrow["bfloat16"])
         self.bandwidth()  # compiles
 
     def bandwidth(self) -> float:
@@ -73,7 +73,9 @@ class CpuProbe:
         times = [_timed(lambda: np.matmul(left, right.T, out=out))]
         if dtype in self._narrow:
             sleep(measure.SETTLE)
-            times += [_timed(lambda: compute([Product([(left, self._narrow[dtype])], out)])) for _ in range(2)]
+            left, rounded = (self._rounded, True) if dtype == "bfloat16" else (self._left, False)
+            product = Product([(left, self._narrow[dtype])], out, rounded)
+            times += [_timed(lambda: compute([product])) for _ in range(2)]
         return 2 * SIDE**3 / min(times)
 
 

@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from minimoe import params, schedule, threads
+from minimoe import params, products, schedule, threads
 from minimoe.backends import make_backend
 from minimoe.bench import limits, measure
 from minimoe.bench.measure import Samples, ratio, rounds, turn
 from minimoe.bench.profile import BETWEEN, profile
 from minimoe.bench.work import Pass
 from minimoe.bench.workloads import distance, task
+from minimoe.tiles import MULTIPLIES_PAIRS, PAIR
 from tests.bench.test_work import SMALL
 
 
@@ -88,6 +89,20 @@ def test_limits_are_bytes_and_operations_per_second(small_probe, monkeypatch):
     assert small_probe.bandwidth() == 2 * (1 << 22)
     for dtype in ("float32", "float64", "bfloat16"):
         assert small_probe.rate(dtype) == 2 * 2 * 64**3
+
+
+@pytest.mark.skipif(not MULTIPLIES_PAIRS, reason="this processor does not multiply pairs of bfloat16")
+def test_the_rate_of_bfloat16_is_that_of_pairs(small_probe, monkeypatch):
+    kinds, fill = [], products._fill
+
+    def watched(factors, blocks, stored, kind, *others):
+        kinds.append(kind)
+        fill(factors, blocks, stored, kind, *others)
+
+    monkeypatch.setattr(products, "_fill", watched)
+    small_probe.rate("bfloat16")
+    small_probe.rate("int8")
+    assert kinds == [PAIR, PAIR, np.float32, np.float32]
 
 
 def test_threads_are_held_and_given_back():
