@@ -63,6 +63,11 @@ def rounds(count: int, turns: Mapping[str, Callable[[], float]]) -> dict[str, Sa
     return {name: Samples(values) for name, values in found.items()}
 
 
+def mean(one: Samples, other: Samples) -> Samples:
+    """Take the mean of two round by round."""
+    return Samples([(a + b) / 2 for a, b in zip(one.values, other.values, strict=True)])
+
+
 def ratio(above: Samples, below: Samples) -> Samples:
     """Divide round by round."""
     return Samples([a / b for a, b in zip(above.values, below.values, strict=True)])

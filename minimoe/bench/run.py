@@ -15,7 +15,7 @@ import numpy as np
 
 from minimoe.backends import Backend, make_backend, reference_over
 from minimoe.bench import cold, device, limits, machine, peers
-from minimoe.bench.measure import NOISY, Samples, ratio, rounds, turn
+from minimoe.bench.measure import NOISY, Samples, mean, ratio, rounds, turn
 from minimoe.bench.models import Source
 from minimoe.bench.plan import Order, Plan, check
 from minimoe.bench.profile import profile
@@ -126,14 +126,18 @@ def _measure_task(
     answers = {name: workload.answer() for name, workload in ours.items()}
     work = {name: workload.work() for name, workload in ours.items()}
     theirs = None if peer is None else peers.PeerWorkload(peer, wanted)
-    turns: dict[str, Callable[[], float]] = {}
-    for name, probe in probes.items():
-        turns[f"bandwidth {name}"] = probe.bandwidth
-        turns[f"rate {name}"] = partial(probe.rate, source.dtype)
+    # What memory gives changes within a second on a shared machine: it is measured right before and right after.
+    turns: dict[str, Callable[[], float]] = {
+        f"rate {name}": partial(p.rate, source.dtype) for name, p in probes.items()
+    }
+    turns |= {f"bandwidth {name} before": probe.bandwidth for name, probe in probes.items()}
     turns |= {name: workload.run for name, workload in ours.items()}
+    turns |= {f"bandwidth {name} after": probe.bandwidth for name, probe in probes.items()}
     if theirs is not None:
         turns["peer"] = theirs.run
     samples = rounds(order.rounds, turns)
+    for name in probes:
+        samples[f"bandwidth {name}"] = mean(*(samples[f"bandwidth {name} {when}"] for when in ("before", "after")))
     found = []
     for name, workload in ours.items():
         device_of = limits.device_of(make_backend(name).name)

@@ -11,6 +11,7 @@ import pytest
 from minimoe import params
 from minimoe.backends import make_backend
 from minimoe.bench import cold, models, plan, report, run, tables
+from minimoe.bench.measure import Samples
 from minimoe.bench.models import Source
 from minimoe.bench.plan import Order
 from minimoe.bench.work import Work
@@ -57,6 +58,22 @@ def test_the_share_of_the_roof_is_the_bound_over_the_time(small_preset):
         assert entry["of_roof"]["median"] == pytest.approx(bound / entry["seconds"]["median"])
         assert entry["tokens_per_second"] == pytest.approx(tokens / entry["seconds"]["median"])
     assert decode["cache_bytes"] == pytest.approx(4 * 2 * 2 * 2 * np.mean(5 + np.arange(16)))
+
+
+def test_bandwidth_is_measured_right_before_and_right_after(small_preset, monkeypatch):
+    taken = []
+
+    def noted(count, turns):
+        taken.append(list(turns))
+        values = {"bandwidth cpu before": [1e9, 2e9], "bandwidth cpu after": [3e9, 6e9], "rate cpu": [1e15, 1e15]}
+        return {name: Samples(values.get(name, [1.0, 1.0])) for name in turns}
+
+    monkeypatch.setattr(run, "rounds", noted)
+    [decode] = measured(what=("decode",))["results"]
+    assert taken == [["rate cpu", "bandwidth cpu before", "numba", "bandwidth cpu after"]]
+    assert decode["bandwidth"]["median"] == 3e9
+    read = decode["weight_bytes"] + decode["cache_bytes"]
+    assert decode["of_roof"]["median"] == pytest.approx((read / 2e9 + read / 4e9) / 2)
 
 
 def test_batches_contexts_and_experts_are_all_combined(small_preset):
