@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
 from minimoe.colours import ink
@@ -108,7 +109,8 @@ def _draw_points(axes: Axes, x: Array, y: Array, which: Sequence[int]) -> None:
             taken.append(box)
             at: Any = box.mean(0)
             place: Any = {"transform": inches, "ha": "center", "va": "center_baseline", "fontsize": 7, "color": INK}
-            axes.text(at[0], at[1], numbers, zorder=4, **place)
+            halo = [withStroke(linewidth=2.5, foreground="white")]  # a roof may pass behind
+            axes.text(at[0], at[1], numbers, zorder=4, path_effects=halo, **place)
 
 
 def _free_box(
