@@ -327,6 +327,13 @@ def _round_rows(start, stop, x, out):
 
 
 @jit()
+def round_in_place(x):
+    """Round every number of a matrix to bfloat16."""
+    for row in range(len(x)):
+        round_row(x[row], x[row])
+
+
+@jit()
 def round_row(source, target):
     """Round every number to bfloat16."""
     for i in range(len(source)):

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
 from minimoe.loops import FAST, FEW_PRODUCTS, FMA, copy, exp, holds_bfloat16, jit, rounded, storage, tanh, widen
-from minimoe.products import round_row
+from minimoe.products import round_in_place
 from minimoe.shapes import Array
 from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, take, together
 from minimoe.tiles import multiply, turn
@@ -137,7 +137,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, b
     # forward: scores = q · kᵀ / sqrt(C)
     qT = _to_lanes(_load_queries(q[b], tokens, heads), C)  # (C, LANES)
     if bf16:
-        _round(qT)
+        round_in_place(qT)
     rows = _load_rows(k, q.dtype, b, kh, first, last)  # (S', C)
     scores = np.empty((len(rows), LANES), q.dtype)
     multiply(rows, qT, scores, True)
@@ -222,7 +222,7 @@ def _backward_head(dout, q, k, v, q_pos, k_pos, window, scale, cap, out, lse, dq
         # forward: probs = exp(scores - lse)
         qT = _to_lanes(queries, C)
         if holds_bfloat16(k):
-            _round(qT)
+            round_in_place(qT)
         probs = np.empty((last - first, LANES), q.dtype)
         multiply(seen_keys, qT, probs, True)
         slopes = np.empty((0, LANES), q.dtype)
@@ -356,12 +356,6 @@ def _store_lanes(x, tokens, heads, target):
     turn(x, queries)
     for lane in range(len(tokens)):
         copy(queries[lane], target[tokens[lane], heads[lane]])
-
-
-@jit()
-def _round(x):
-    for i in range(len(x)):
-        round_row(x[i], x[i])
 
 
 @jit()

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
 from minimoe.loops import FEW_PRODUCTS, address, at_address, dots, holds_bfloat16, jit, part_of, quads, storage
-from minimoe.products import Product, compute, operand, round_row
+from minimoe.products import Product, compute, operand, round_in_place
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for, together
@@ -74,8 +74,7 @@ def _forward_few(
 def few(x, table, dtype, threads, out):
     if holds_bfloat16(dtype):
         x = x.copy()
-        for n in range(x.shape[0]):
-            round_row(x[n], x[n])
+        round_in_place(x)
     rows = 0
     for weight in range(len(table)):
         rows += table[weight, 2]
