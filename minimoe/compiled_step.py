@@ -39,6 +39,7 @@ from minimoe.products import round_row
 from minimoe.quantized import Int8, kept_dtype, parts
 from minimoe.shapes import Array
 from minimoe.stages import alone, done, enter, new_stages, pieces_for
+from minimoe.tiles import PAIR
 
 MOST_TOKENS = min(linear.FEW_ROWS, experts.FEW_ROWS, gating.FEW_ROWS)  # per step; more go op by op
 ROOMS = {
@@ -62,7 +63,7 @@ TASK = np.dtype(
         "table", "chosen", "ends", "stages", "tokens", "q_pos", "cache_pos", "slots", "seen", "ids", "pairs", "offsets",
         "place", "segments", "counts", "cos", "sin", "x", "residual", "y", "h", "normed", "r", "qkv", "q", "context",
         "lse", "queries", "scores", "tops", "totals", "sums", "router", "weights", "xs", "ys", "gate_in", "up",
-        "hidden", "logits", *"BRLVDFHKCEk", "threads", "window", "gelu", "renormalise",
+        "hidden", "logits", *"BRLVDFHKCEk", "rows", "columns", "threads", "window", "gelu", "renormalise",
     )] + [(name, np.float64) for name in ("eps", "scale", "cap", "embedding_multiplier")]
 )  # fmt: skip
 
@@ -100,6 +101,7 @@ def prepared(
     )  # fmt: skip
     for name, value in zip("BRLVDFHKCEk", sizes, strict=True):
         task[name] = value
+    task["rows"], task["columns"], *_ = attention.few_shape(G, c.head_dim, kept)
     task["gelu"], task["renormalise"] = c.activation == "gelu_tanh", c.renormalise
     task["eps"], task["embedding_multiplier"] = c.norm_eps, c.embedding_multiplier
     row = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.num_experts_per_token * c.intermediate_size
@@ -137,7 +139,8 @@ def _arrays(c: ModelConfig, params: Params, cache: KVCache) -> dict[str, Array]:
         c.num_experts_per_token,
     )  # fmt: skip
     both = zip(params.layers, cache.layers, strict=True)
-    rows = -(-R // attention.KEYS) * B * H  # of blocks of keys, at most
+    blocks = -(-R // attention.KEYS) * B  # of keys, at most
+    rows, columns, *_ = attention.few_shape(H // K, C, storage(cache.layers[0].k).dtype)
     ints: dict[str, Any] = {
         "tokens": (B, 1), "q_pos": (B, 1), "cache_pos": (B, R), "slots": (B, 1), "seen": (B, 2), "ids": (B, k),
         "pairs": B * k, "offsets": E + 1, "place": (B, k), "segments": (E, 3), "counts": 2,
@@ -145,7 +148,8 @@ def _arrays(c: ModelConfig, params: Params, cache: KVCache) -> dict[str, Array]:
     floats: dict[str, Any] = {
         "cos": (B, C // 2), "sin": (B, C // 2), "x": (B, D), "residual": (B, D), "y": (B, D), "h": (B, D),
         "normed": (B, D), "r": B, "qkv": B * (H + 2 * K) * C, "q": B * H * C, "context": B * H * C, "lse": B * H,
-        "queries": B * H * C, "scores": rows * attention.KEYS, "tops": rows, "totals": rows, "sums": rows * C,
+        "queries": B * K * rows * columns, "scores": blocks * K * rows * attention.KEYS, "tops": blocks * H,
+        "totals": blocks * H, "sums": blocks * K * rows * columns,
         "router": (B, E), "weights": (B, k), "xs": (B * k, D), "ys": (B * k, D), "gate_in": (B * k, F),
         "up": (B * k, F), "hidden": (B * k, F),
     }  # fmt: skip
@@ -222,6 +226,8 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
     """
     bf16, f32, i64 = kept == np.uint16, np.float32, np.int64
     narrow, narrow_head = bool(bf16 and stored == kept), bool(bf16 and head == kept)
+    factors, each = attention.few_shape(1, 2, kept)[2:]  # C is even: see ModelConfig
+    held = factors if factors == PAIR else kept
 
     @by_address("void(int64)")
     def step(place_of_task):
@@ -269,9 +275,10 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
             weights[:], ids[:] = 1, 0  # of a dense model, which has no gate
             done(stages[0])
         blocks = counts[0]
-        G = H // K
-        queries, sums = at_address(task.queries, (B, K, G, C), f32), at_address(task.sums, (B, blocks, K, G, C), f32)
-        scores = at_address(task.scores, (B, blocks, K, G, attention.KEYS), f32)
+        G, rows, columns = H // K, task.rows, task.columns
+        queries = at_address(task.queries, (B, K, rows, columns // each), factors)
+        scores = at_address(task.scores, (B, blocks, K, rows, attention.KEYS), f32)
+        sums = at_address(task.sums, (B, blocks, K, rows, columns), f32)
         tops, totals = at_address(task.tops, (B, blocks, K, G), f32), at_address(task.totals, (B, blocks, K, G), f32)
 
         for i in range(L):
@@ -295,9 +302,11 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
                 rope.rotate_into_cache(new_q, new_k, new_v, cos, sin, k_cache, v_cache, slots, rotated)
                 attention.few_queries(q, holds_bfloat16(k_cache), queries)
                 done(stage[ROTATE])
+            keys = at_address(row[KEYS, 0], (B, R, K, C // each), held)
+            values = at_address(row[VALUES, 0], (B, R, K, C // each), held)
             attention.few_stages(
-                queries, k_cache, v_cache, q_pos, cache_pos, window, scale, cap, seen, stage[ATTEND:], scores, tops,
-                totals, sums, lse,
+                queries, keys, values, q_pos, cache_pos, window, scale, cap, seen, threads, stage[ATTEND:], scores,
+                tops, totals, sums, lse,
             )  # fmt: skip
             if alone(stage[MERGE]):
                 attention.few_out(sums, context)

@@ -16,6 +16,10 @@ A processor with AVX512-BF16 multiplies bfloat16 without widening them: where th
 two bfloat16 for k and k + 1, one instruction adds both products to a float32 sum, so a line has 32 factors. It takes
 numbers below the smallest normal one (1e-38) for zero. Measured on a core that does 116 GFLOP/s with float32: 170.
 
+Where `left` has few rows, `right` is used only once: it is not copied to lie well, but read where it is (`stream`,
+`stream_turned`). What is used AHEAD rows later is asked for meanwhile, as a processor foresees by itself only what lies
+one after another: without, attention to 16,384 keys took twice as long.
+
 Source: Van Zee and van de Geijn, BLIS: A Framework for Rapidly Instantiating BLAS Functionality, ACM Transactions on
 Mathematical Software 41(3), 2015, section 3 (the micro-kernel).
 """
@@ -33,55 +37,73 @@ from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-from minimoe.loops import jit
+from minimoe.loops import holds_bfloat16, holds_pairs, jit
 
 # What Numba compiles for: the processor it runs on, unless $NUMBA_CPU_FEATURES says otherwise.
 _FEATURES = (get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES).split(",")
 LINE = 64  # bytes
 ROWS = 12 if "+avx512f" in _FEATURES else 6
 FEWER = 4  # rows of a smaller tile, for what is left at an edge: with less, multipliers would mostly wait for sums
+REGISTER = LINE if "+avx512f" in _FEATURES else LINE // 2  # bytes
+WIDE = 2 if "+avx512f" in _FEATURES else 1  # lines of a tile of FEWER rows: 8 registers of sums
+WIDE_SINGLE = 4  # lines of a tile of one row
+AHEAD = 16  # rows: 8 do as well, 64 too, unless more are read of one head before the next
 PAIR = np.dtype(np.uint32)  # two bfloat16, the first in the lower half
 MULTIPLIES_PAIRS = "+avx512bf16" in _FEATURES  # whether there may be factors of that type
 
 
-def _tile(rows: int) -> Any:
-    """Make a tile of so many rows, for jitted code.
+def _tile(rows: int, lines: int = 1, streams: bool = False) -> Any:
+    """Make a tile of so many rows, and so many lines side by side, for jitted code.
 
     Its arguments: the address of `left`, and bytes from row to row and from k to k; that of `right`, and bytes from one
-    line to the next; the number of lines; the address of `out`, and bytes from row to row; whether the sums replace
-    what is there, or are added to it; the type of the factors, float32, float64 or PAIR.
+    k to the next; the number of k's; the address of `out`, and bytes from row to row; whether the sums replace what is
+    there, or are added to it; the type of the factors, float32, float64 or PAIR.
+
+    If it `streams`, what lies AHEAD rows on in `right` is asked for, and `right` may be bfloat16 as it is stored. The
+    type is uint16 where `left` is float32: a line is widened as it is read. It is PAIR where `left` is: rows of two k's
+    are read as one, and as a line of both gives two lines of pairs, there are two at least.
     """
 
     @intrinsic
     def tile(typingctx, left, left_row, left_k, right, right_k, K, out, out_row, begin, dtype):
         def codegen(context, builder, signature, args):
             left, left_row, left_k, right, right_k, K, out, out_row, begin, _ = args
-            number, align = context.get_value_type(dtype.dtype), dtype.dtype.bitwidth // 8
-            line = ir.VectorType(number, LINE // align)
+            line, stored = _line(context, dtype.dtype, LINE)
+            align = _size(line)
             sums, multiply_add = _multiply_add(builder, line)
-            undefined, first = ir.Constant(line, ir.Undefined), ir.Constant(ir.IntType(32), 0)
-            everywhere = ir.Constant(ir.VectorType(ir.IntType(32), line.count), None)  # lane 0, for each lane
+            columns, step = (max(2, lines), 2) if streams and sums != line else (lines, 1)
 
-            total = [cgutils.alloca_once_value(builder, ir.Constant(sums, None)) for _ in range(rows)]  # registers
+            def read(base, row, column):
+                if streams:
+                    _ask(builder, _pointer(builder, base, row + AHEAD, right_k, stored, column))
+                return _read(builder, _pointer(builder, base, row, right_k, stored, column), line)
+
+            places = [(row, column) for row in range(rows) for column in range(columns)]
+            total = {
+                place: cgutils.alloca_once_value(builder, ir.Constant(sums, None)) for place in places
+            }  # registers
             x, y = cgutils.alloca_once_value(builder, left), cgutils.alloca_once_value(builder, right)
             with cgutils.for_range(builder, K):
                 here, there = builder.load(x), builder.load(y)
-                vector = builder.load(_pointer(builder, there, 0, right_k, line), align=align)
+                found = [[read(there, row, i) for row in range(step)] for i in range(columns // step)]
+                vectors = [v for both in found for v in (_interleaved(builder, *both) if step == 2 else both)]
                 for row in range(rows):
-                    one = builder.load(_pointer(builder, here, row, left_row, number), align=align)
-                    same = builder.shuffle_vector(builder.insert_element(undefined, one, first), undefined, everywhere)
-                    builder.store(multiply_add(same, vector, builder.load(total[row])), total[row])
+                    one = builder.load(_pointer(builder, here, row, left_row, line.element), align=align)
+                    same = _everywhere(builder, one, line)
+                    for column, vector in enumerate(vectors):
+                        one_sum = total[row, column]
+                        builder.store(multiply_add(same, vector, builder.load(one_sum)), one_sum)
                 builder.store(builder.add(here, left_k), x)
-                builder.store(builder.add(there, right_k), y)
-            places = [_pointer(builder, out, row, out_row, sums) for row in range(rows)]
+                builder.store(_place(builder, there, step, right_k), y)
+            targets = {place: _pointer(builder, out, place[0], out_row, sums, place[1]) for place in places}
             with builder.if_else(cgutils.as_bool_bit(builder, begin)) as (replace, add):
                 with replace:
-                    for place, found in zip(places, total, strict=True):
-                        builder.store(builder.load(found), place, align=align)
+                    for place, target in targets.items():
+                        builder.store(builder.load(total[place]), target, align=align)
                 with add:
-                    for place, found in zip(places, total, strict=True):
-                        value = builder.fadd(builder.load(place, align=align), builder.load(found))
-                        builder.store(value, place, align=align)
+                    for place, target in targets.items():
+                        value = builder.fadd(builder.load(target, align=align), builder.load(total[place]))
+                        builder.store(value, target, align=align)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 8, types.boolean, dtype), codegen
@@ -89,9 +111,122 @@ def _tile(rows: int) -> Any:
     return tile
 
 
-def _pointer(builder: Any, base: Any, row: int, step: Any, kind: Any) -> Any:
-    """Point to what lies so many steps after `base`."""
-    return builder.inttoptr(builder.add(base, builder.mul(step, ir.Constant(step.type, row))), kind.as_pointer())
+def _dots(rows: int) -> Any:
+    """Make a tile where rows of `right` are columns: out[row, column] = Σ_k left[row, k] · right[column, k].
+
+    Its arguments: the address of `left`, and bytes from row to row; the same of `right`; the number of registers that a
+    row fills; the address of `out`, and bytes from row to row; the type of `right`, as of a tile that streams.
+
+    Each row and column has a sum in every lane of a register. The lanes are added up for all of them together, as
+    squares are turned: half as many registers are left after each round, and at last one, with a sum in each lane.
+    """
+
+    @intrinsic
+    def dots(typingctx, left, left_row, right, right_row, K, out, out_row, dtype):
+        def codegen(context, builder, signature, args):
+            left, left_row, right, right_row, K, out, out_row, _ = args
+            line, stored = _line(context, dtype.dtype, REGISTER)
+            align = _size(line)
+            sums, multiply_add = _multiply_add(builder, line)
+            columns = FEWER if rows == 1 else line.count // FEWER  # of several rows, as many sums as lanes
+            total = [cgutils.alloca_once_value(builder, ir.Constant(sums, None)) for _ in range(rows * columns)]
+            x, y = cgutils.alloca_once_value(builder, left), cgutils.alloca_once_value(builder, right)
+            with cgutils.for_range(builder, K):
+                here, there = builder.load(x), builder.load(y)
+                lefts = [builder.load(_pointer(builder, here, row, left_row, line), align=align) for row in range(rows)]
+                for column in range(columns):
+                    _ask(builder, _pointer(builder, there, column + AHEAD, right_row, stored))
+                    vector = _read(builder, _pointer(builder, there, column, right_row, stored), line)
+                    for row in range(rows):
+                        one_sum = total[row * columns + column]
+                        builder.store(multiply_add(lefts[row], vector, builder.load(one_sum)), one_sum)
+                builder.store(builder.add(here, ir.Constant(left.type, REGISTER)), x)
+                builder.store(builder.add(there, ir.Constant(left.type, line.count * _size(stored))), y)
+            parts, bit = [builder.load(one_sum) for one_sum in total], 1
+            while bit < len(total):
+                for i in range(0, len(total), 2 * bit):
+                    parts[i] = builder.fadd(*_exchanged(builder, parts[i], parts[i | bit], bit))
+                bit *= 2
+            found = parts[0]
+            while found.type.count > len(total):
+                half = found.type.count // 2
+                found = builder.fadd(*(_lanes(builder, found, start, half) for start in (0, half)))
+            for row in range(rows):
+                part = _lanes(builder, found, row * columns, columns)
+                builder.store(part, _pointer(builder, out, row, out_row, part.type), align=align)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 7, dtype), codegen
+
+    return dots
+
+
+def _line(context: Any, kind: Any, size: int) -> tuple[Any, Any]:
+    """So many bytes of factors, and as they are stored: as type uint16 holds bfloat16, which is widened."""
+    line = ir.VectorType(context.get_value_type(kind), 8 * size // kind.bitwidth)
+    if kind == types.uint16:
+        return ir.VectorType(ir.FloatType(), size // 4), ir.VectorType(line.element, size // 4)
+    return line, line
+
+
+def _size(line: Any) -> int:
+    """The bytes of a number in a line."""
+    sizes = {ir.IntType(16): 2, ir.IntType(32): 4, ir.FloatType(): 4, ir.DoubleType(): 8}
+    return sizes[line.element]
+
+
+def _read(builder: Any, pointer: Any, line: Any) -> Any:
+    """Load factors, widened if they are stored in bfloat16."""
+    stored = pointer.type.pointee
+    found = builder.load(pointer, align=_size(stored))
+    if stored == line:
+        return found
+    bits = ir.VectorType(ir.IntType(32), line.count)
+    return builder.bitcast(builder.shl(builder.zext(found, bits), ir.Constant(bits, [16] * line.count)), line)
+
+
+def _place(builder: Any, base: Any, row: int, step: Any) -> Any:
+    """Where a row begins: so many steps after `base`."""
+    return builder.add(base, builder.mul(step, ir.Constant(step.type, row)))
+
+
+def _pointer(builder: Any, base: Any, row: int, step: Any, kind: Any, i: int = 0) -> Any:
+    """Point to what lies in a row, so many steps after `base`: the i-th of its kind."""
+    pointer = builder.inttoptr(_place(builder, base, row, step), kind.as_pointer())
+    return builder.gep(pointer, [ir.Constant(ir.IntType(32), i)])
+
+
+def _everywhere(builder: Any, number: Any, line: Any) -> Any:
+    """A line with the same number in each lane."""
+    first, lanes = ir.Constant(ir.IntType(32), 0), ir.VectorType(ir.IntType(32), line.count)
+    undefined = ir.Constant(line, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, number, first), undefined, ir.Constant(lanes, None))
+
+
+def _picked(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    """These lanes of two vectors, those of `b` counted on from those of `a`."""
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+
+def _lanes(builder: Any, vector: Any, start: int, number: int) -> Any:
+    """Some lanes that are neighbours."""
+    return _picked(builder, vector, vector, list(range(start, start + number)))
+
+
+def _exchanged(builder: Any, a: Any, b: Any, bit: int) -> tuple[Any, Any]:
+    """Two rows of a square with a bit of rows' and of columns' numbers exchanged: see `_turn_square`."""
+    count, lanes = a.type.count, range(a.type.count)
+    first = [count + (j ^ bit) if j & bit else j for j in lanes]
+    second = [count + j if j & bit else j | bit for j in lanes]
+    return _picked(builder, a, b, first), _picked(builder, a, b, second)
+
+
+def _interleaved(builder: Any, a: Any, b: Any) -> list[Any]:
+    """Two lines of bfloat16 as two lines of PAIR, each of a number of `a` and one of `b`."""
+    line, count = a.type, 2 * a.type.count
+    a, b = (builder.bitcast(x, ir.VectorType(ir.IntType(16), count)) for x in (a, b))
+    lanes = [i // 2 + i % 2 * count for i in range(2 * count)]
+    return [builder.bitcast(_picked(builder, a, b, part), line) for part in (lanes[:count], lanes[count:])]
 
 
 def _multiply_add(builder: Any, line: Any) -> tuple[Any, Callable[[Any, Any, Any], Any]]:
@@ -104,7 +239,7 @@ def _multiply_add(builder: Any, line: Any) -> tuple[Any, Callable[[Any, Any, Any
         return sums, lambda x, y, total: builder.call(
             function, [total, builder.bitcast(x, narrow), builder.bitcast(y, narrow)]
         )
-    name = f"llvm.fmuladd.v{line.count}f{8 * LINE // line.count}"
+    name = f"llvm.fmuladd.v{line.count}{'f64' if line.element == ir.DoubleType() else 'f32'}"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(line, [line] * 3), name)
     return line, lambda x, y, total: builder.call(function, [x, y, total])
 
@@ -123,6 +258,10 @@ class _Bfloat16(ir.Type):  # type: ignore[misc]
 
 
 _large, _small, _single = _tile(ROWS), _tile(FEWER), _tile(1)
+_wide, _slim, _wide_single, _slim_single = (
+    _tile(rows, lines, True) for rows, lines in ((FEWER, WIDE), (FEWER, 1), (1, WIDE_SINGLE), (1, 1))
+)
+_dots_few, _dots_single = _dots(FEWER), _dots(1)
 
 
 @jit()
@@ -171,19 +310,77 @@ def multiply_line(x, x_row, x_k, M, y, y_k, K, z, z_row, begin, dtype, ahead, ah
         m += 1
 
 
+@jit()
+def stream(left, right, out, begin):
+    """out[h] = left[h] · right[:, h] if `begin`, else it is added to `out`, for every h; `right` is read once.
+
+    left (H, M, K), M being 1 or whole FEWERs; right (K, H, N), its numbers side by side; out (H, M, N), columns side by
+    side, N being whole lines. Besides those of `multiply` there is bfloat16 as it is stored: right of uint16 and left
+    float32, or both of PAIR, right (K, H, N / 2) with pairs of neighbours in a row, left (H, M, K / 2).
+    """
+    x, x_head, x_row, x_k = left.ctypes.data, left.strides[0], left.strides[1], left.strides[2]
+    y, y_k, y_head = right.ctypes.data, right.strides[0], right.strides[1]
+    z, z_head, z_row = out.ctypes.data, out.strides[0], out.strides[1]
+    (H, M, K), width, begin = left.shape, out.shape[2] * out.itemsize, bool(begin)
+    halves = 2 if holds_pairs(right) or holds_bfloat16(right) else 1  # as many bytes of a row of right as of out
+    least, most = LINE * (2 if holds_pairs(right) else 1), LINE * (WIDE if M > 1 else WIDE_SINGLE)
+    for h in range(H):
+        for m in range(0, M, FEWER):
+            here, place, n = x + h * x_head + m * x_row, z + h * z_head + m * z_row, 0
+            while n < width:
+                there, wide = y + h * y_head + n // halves, n + most <= width
+                if wide and M > 1:
+                    _wide(here, x_row, x_k, there, y_k, K, place + n, z_row, begin, right.dtype)
+                elif wide:
+                    _wide_single(here, x_row, x_k, there, y_k, K, place + n, z_row, begin, right.dtype)
+                elif M > 1:
+                    _slim(here, x_row, x_k, there, y_k, K, place + n, z_row, begin, right.dtype)
+                else:
+                    _slim_single(here, x_row, x_k, there, y_k, K, place + n, z_row, begin, right.dtype)
+                n += most if wide else least
+
+
+@jit()
+def stream_turned(left, right, out):
+    """out[h] = left[h] · right[:, h]ᵀ for every h; `right` is read once.
+
+    left (H, M, K), M being 1 or whole FEWERs; right (N, H, K), N being whole FEWERs; numbers of a row side by side and
+    in whole lines; out (H, M, N). Types as of `stream`, where pairs of left too are of neighbours in a row.
+    """
+    x, x_head, x_row = left.ctypes.data, left.strides[0], left.strides[1]
+    y, y_row, y_head = right.ctypes.data, right.strides[0], right.strides[1]
+    z, z_head, z_row, size = out.ctypes.data, out.strides[0], out.strides[1], left.itemsize
+    (H, M, _), K = left.shape, left.shape[2] * size // REGISTER
+    columns = FEWER if M == 1 else REGISTER // size // FEWER
+    for n in range(0, right.shape[0], columns):
+        for h in range(H):
+            there = y + n * y_row + h * y_head
+            for m in range(0, M, FEWER):
+                here, place = x + h * x_head + m * x_row, z + h * z_head + m * z_row + n * size
+                if M > 1:
+                    _dots_few(here, x_row, there, y_row, K, place, z_row, right.dtype)
+                else:
+                    _dots_single(here, x_row, there, y_row, K, place, z_row, right.dtype)
+
+
 @intrinsic
 def _ask_for(typingctx, place):
     """Let a line of memory be brought into the core's second cache while other things are done."""
 
     def codegen(context, builder, signature, args):
-        number, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch")
-        read, second, data = (ir.Constant(number, value) for value in (0, 2, 1))
-        builder.call(prefetch, [builder.inttoptr(args[0], pointer), read, second, data])
+        _ask(builder, builder.inttoptr(args[0], ir.IntType(8).as_pointer()))
         return context.get_dummy_value()
 
     return types.void(types.intp), codegen
+
+
+def _ask(builder: Any, pointer: Any) -> None:
+    """`_ask_for`, in LLVM's language."""
+    number, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch")
+    read, second, data = (ir.Constant(number, value) for value in (0, 2, 1))
+    builder.call(prefetch, [builder.bitcast(pointer, byte), read, second, data])
 
 
 @jit()
@@ -215,16 +412,10 @@ def _turn_square(typingctx, source, source_row, target, target_row, dtype):
         lanes, bit = range(line.count), 1
         rows = [builder.load(_pointer(builder, source, i, source_row, line), align=align) for i in lanes]
 
-        def pick(a, b, lanes_of_both):
-            numbers = ir.VectorType(ir.IntType(32), line.count)
-            return builder.shuffle_vector(a, b, ir.Constant(numbers, lanes_of_both))
-
         while bit < line.count:
             for i in lanes:
                 if not i & bit:
-                    a, b = rows[i], rows[i | bit]
-                    rows[i] = pick(a, b, [line.count + (j ^ bit) if j & bit else j for j in lanes])
-                    rows[i | bit] = pick(a, b, [line.count + j if j & bit else j | bit for j in lanes])
+                    rows[i], rows[i | bit] = _exchanged(builder, rows[i], rows[i | bit], bit)
             bit *= 2
         for i in lanes:
             builder.store(rows[i], _pointer(builder, target, i, target_row, line), align=align)

@@ -1,9 +1,10 @@
 """Products whose sums stay in registers, against NumPy's."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from minimoe.tiles import FEWER, LINE, ROWS, multiply
+from minimoe.tiles import FEWER, LINE, MULTIPLIES_PAIRS, PAIR, ROWS, multiply, stream, stream_turned
 
 HEIGHTS = [0, 1, FEWER, FEWER + 1, ROWS - 1, ROWS, ROWS + 1, ROWS + FEWER + 1, 3 * ROWS + 2]
 
@@ -61,3 +62,100 @@ def test_what_is_not_a_number_stays_in_its_own_sums():
     expected = np.full((ROWS + 1, 32), 4, np.float32)
     expected[:, 20], expected[:, 7], expected[2] = np.inf, -np.inf, np.nan
     np.testing.assert_array_equal(out, expected)
+
+
+# --- few rows, with what is stored anywhere --------------------------------------------------------------------------
+
+STORED = pytest.mark.parametrize(
+    "stored",
+    [
+        np.float32,
+        np.float64,
+        np.uint16,
+        pytest.param(
+            PAIR, marks=pytest.mark.skipif(not MULTIPLIES_PAIRS, reason="this processor does not multiply pairs")
+        ),
+    ],
+    ids=lambda kind: np.dtype(kind).name,
+)
+
+
+def draw_stored(stored, shape, seed):
+    """Numbers of a type, as they are stored and as float64."""
+    x = np.random.default_rng(seed).normal(size=shape)
+    if np.dtype(stored).kind == "f":
+        return x.astype(stored), x.astype(stored).astype(np.float64)
+    x = x.astype(ml_dtypes.bfloat16)
+    return x.view(stored), x.astype(np.float64)
+
+
+def paired(x):
+    """Rows of bfloat16, held as float64, as PAIR."""
+    return np.ascontiguousarray(x, np.float32).astype(ml_dtypes.bfloat16).view(PAIR)
+
+
+def few_rows(stored, shape, seed):
+    """Left factors for what is stored so, as tiles take them and as float64."""
+    kind = stored if np.dtype(stored).kind == "f" else ml_dtypes.bfloat16
+    x = np.random.default_rng(seed).normal(size=shape).astype(kind).astype(np.float64)
+    if stored == PAIR:
+        return paired(x), x
+    return x.astype(np.float64 if stored == np.float64 else np.float32), x
+
+
+@STORED
+@pytest.mark.parametrize("M", [1, FEWER, 2 * FEWER])
+@pytest.mark.parametrize(("H", "K", "lines"), [(1, 2, 1), (3, 8, 2), (2, 34, 3), (1, 6, 5)])
+def test_a_stream_of_rows_touches_nothing_else(stored, M, H, K, lines):
+    number = np.float64 if stored == np.float64 else np.float32
+    N = lines * LINE // np.dtype(number).itemsize * (2 if stored == PAIR else 1)
+    left, a = few_rows(stored, (H, M, K), [K, 1])
+    right, b = draw_stored(stored, (K, H, N), [K, 2])
+    before = np.random.default_rng(3).normal(size=(H, M + 2, N + 3)).astype(number)
+    sums, sizes = np.einsum("hmk,khn->hmn", a, b), np.einsum("hmk,khn->hmn", abs(a), abs(b))
+    for begin in (True, False):
+        whole = before.copy()
+        stream(left, right, whole[:, 1 : M + 1, 2 : N + 2], begin)
+        expected = sums if begin else sums + before[:, 1 : M + 1, 2 : N + 2]
+        error = np.abs(whole[:, 1 : M + 1, 2 : N + 2] - expected)
+        assert (error <= (K + 2) * np.finfo(number).eps * (sizes + np.abs(expected))).all()
+        whole[:, 1 : M + 1, 2 : N + 2] = before[:, 1 : M + 1, 2 : N + 2]
+        np.testing.assert_array_equal(whole, before)
+
+
+@STORED
+@pytest.mark.parametrize("M", [1, FEWER, 2 * FEWER])
+@pytest.mark.parametrize(("H", "N", "lines"), [(1, 4, 1), (3, 8, 2), (2, 12, 3)])
+def test_a_stream_of_columns_touches_nothing_else(stored, M, H, N, lines):
+    number = np.float64 if stored == np.float64 else np.float32
+    K = lines * LINE // (np.dtype(stored).itemsize if stored != PAIR else 2)
+    left, a = few_rows(stored, (H, M, K), [N, 1])
+    right, b = draw_stored(stored, (N, H, K), [N, 2])
+    before = np.random.default_rng(3).normal(size=(H, M + 2, N + 3)).astype(number)
+    whole = before.copy()
+    stream_turned(left, right, whole[:, 1 : M + 1, 2 : N + 2])
+    error = np.abs(whole[:, 1 : M + 1, 2 : N + 2] - np.einsum("hmk,nhk->hmn", a, b))
+    assert (error <= K * np.finfo(number).eps * np.einsum("hmk,nhk->hmn", abs(a), abs(b))).all()
+    whole[:, 1 : M + 1, 2 : N + 2] = before[:, 1 : M + 1, 2 : N + 2]
+    np.testing.assert_array_equal(whole, before)
+
+
+@STORED
+def test_what_is_not_a_number_stays_in_its_own_sums_of_a_stream(stored):
+    K = 2 * LINE // (np.dtype(stored).itemsize if stored != PAIR else 2)
+    left, _ = few_rows(stored, (2, FEWER, K), 0)
+    _, b = draw_stored(stored, (8, 2, K), 1)
+    b[5, 1, 3] = np.nan
+    if stored == np.float64:
+        right = b
+    else:
+        b = np.ascontiguousarray(b, np.float32)
+        right = b if stored == np.float32 else b.astype(ml_dtypes.bfloat16).view(stored)
+    out = np.zeros((2, FEWER, 8), left.dtype if stored != PAIR else np.float32)
+    stream_turned(left, right, out)
+    bad = np.isnan(out)
+    assert bad[1, :, 5].all() and bad.sum() == FEWER
+    out = np.zeros((2, FEWER, K), out.dtype)
+    stream(np.ascontiguousarray(left[:, :, : 8 if stored != PAIR else 4]), right, out, True)
+    bad = np.isnan(out)
+    assert bad[1, :, 3].all() and bad.sum() == FEWER

@@ -49,6 +49,7 @@ CASES = pytest.mark.parametrize(
         (1, 5, 5, 3, 3, 2, 0, 1),  # K = H
         (2, 6, 6, 6, 2, 4, 3, None),
         (2, 6, 9, 4, 2, 4, 2, 4),  # a chunk behind a cache
+        (2, 17, 19, 4, 2, 3, 2, 6),  # blocks of queries
         (1, 70, 70, 2, 1, 5, 0, 33),
     ],
 )
@@ -115,7 +116,7 @@ def test_the_future_is_not_seen(attention):
     assert_close(attention.forward(q, k, v, pos, pos, None)[0][:, :3], expected[:, :3], 0)
 
 
-@pytest.mark.parametrize("T", [1, 3, 9])
+@pytest.mark.parametrize("T", [1, 3, 20])
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_a_query_that_sees_no_key_gives_zeros_and_no_gradient(attention, T, cap):
     q, k, v, _, _ = draw(1, T, 5, 2, 1, 3, 0)
@@ -224,9 +225,9 @@ def stored(kind, q, k, v):
 
 
 @KINDS
-@pytest.mark.parametrize(("C", "threads"), [(6, False), (100, True)])
+@pytest.mark.parametrize(("C", "threads"), [(6, False), (7, False), (100, True), (128, True)])
 @pytest.mark.parametrize("window", [None, 3 * numba_cpu.KEYS + 7])
-@pytest.mark.parametrize(("T", "H", "K"), [(1, 6, 2), (1, 4, 1), (2, 8, 4)])
+@pytest.mark.parametrize(("T", "H", "K"), [(1, 6, 2), (1, 4, 1), (2, 8, 4), (1, 3, 3)])
 def test_blocks_of_keys_add_up(kind, C, threads, window, T, H, K):
     """Few queries, more keys than a block holds; the sequences of the batch see different numbers of them."""
     S, hidden = 5 * numba_cpu.KEYS + 81, 2 * numba_cpu.KEYS + 50
@@ -244,7 +245,7 @@ def test_blocks_of_keys_add_up(kind, C, threads, window, T, H, K):
     np.testing.assert_array_equal(alone[0], found[0])
 
 
-@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("T", [1, 20])
 def test_a_probability_is_rounded_once_it_is_normalised(attention, T):
     """All of S keys seen alike: each has the probability 1 / S, which is rounded; not 1, which would need none."""
     S = 3 * numba_cpu.KEYS
@@ -253,22 +254,38 @@ def test_a_probability_is_rounded_once_it_is_normalised(attention, T):
     assert_close(out, np.full(q.shape, S * float(np.float32(1 / S).astype(BFLOAT16))), 1e-6)
 
 
-@pytest.mark.parametrize(("T", "H", "K"), [(1, 4, 2), (1, 3, 3), (1, 5, 1), (2, 6, 2)])
-@pytest.mark.parametrize("more", [-1, 0, 1, 2, 3, 5])
-def test_any_number_of_keys_fills_blocks(T, H, K, more):
-    """Few queries, around the end of a block; the slots of the keys are in no order."""
-    q, k, v, q_pos, k_pos = draw(2, T, numba_cpu.KEYS + more, H, K, 5, 3)
+@pytest.mark.parametrize(("T", "H", "K"), [(1, 4, 2), (1, 3, 3), (1, 5, 1), (2, 6, 2), (4, 8, 1)])
+@pytest.mark.parametrize("C", [5, 16])
+@pytest.mark.parametrize("S", [*range(1, 35), *(numba_cpu.KEYS + more for more in (-9, -1, 0, 1, 2, 3, 7, 8, 9))])
+def test_any_number_of_keys_fills_blocks(T, H, K, C, S):
+    """Few queries, any end of a block; the slots of the keys are in no order."""
+    q, k, v, q_pos, k_pos = draw(2, T, max(S, T), H, K, C, 3)
     assert T * (H // K) <= numba_cpu.FEW_QUERIES
     found, truth = (module.forward(q, k, v, q_pos, k_pos, None) for module in (numba_cpu, reference))
     assert_close(found, truth)
 
 
+def test_types_may_be_mixed():
+    """The result is that of the reference, and of the type of q."""
+    inputs = draw(2, 2, 9, 4, 2, 4, 2)
+    for kinds in (
+        ("float64", "float32", "float32"),
+        ("float32", "float64", "float64"),
+        ("float32", "float32", "float64"),
+    ):
+        q, k, v = (x.astype(kind) for x, kind in zip(inputs[:3], kinds, strict=True))
+        found, truth = (module.forward(q, k, v, *inputs[3:], None) for module in (numba_cpu, reference))
+        assert found[0].dtype == q.dtype
+        assert_close(found, truth, 1e-6)
+
+
 @KINDS
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("place", [3, numba_cpu.KEYS + 1])
-def test_a_key_that_is_not_a_number_shows_in_the_heads_that_read_it(kind, cap, place):
+@pytest.mark.parametrize("C", [3, 4, 32])
+def test_a_key_that_is_not_a_number_shows_in_the_heads_that_read_it(kind, cap, place, C):
     S = numba_cpu.KEYS + 7
-    q, k, v, _, _ = draw(2, 1, S, 4, 2, 3, 0)
+    q, k, v, _, _ = draw(2, 1, S, 4, 2, C, 0)
     k[1, place, 0] = np.nan
     k[0, 5] = np.nan  # in an empty slot
     pos = np.tile(np.arange(S), (2, 1))

@@ -265,7 +265,7 @@ def draw_attention(seed):
     """Chunks behind a cache, windows, padding, rolled slots, empty slots, queries that see nothing; often T = 1."""
     rng = np.random.default_rng(seed)
     B, K, C = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.integers(1, 41))
-    H = K * int(rng.choice([1, 1, 2, 3]))
+    H = K * int(rng.choice([1, 1, 2, 3, 8]))
     T = int(rng.choice([1, rng.integers(2, 9), rng.integers(9, 90)]))
     S = T + int(rng.choice([0, rng.integers(0, 60)]))
     window = None if rng.random() < 0.5 else int(rng.integers(1, S + 2))

@@ -12,26 +12,43 @@ backward too, are products of tiles (see `tiles`). A block holds the scores of i
 grows with S, not with T·S. Keys before the first and after the last that any query of the block sees are left out, so
 causal attention costs half.
 
-One token (decode), or a few, would leave most lanes empty: `few` takes dot products along c instead, reads the cache as
-it lies, for all heads at once, and deals blocks of keys to threads.
+One token (decode), or a few, would leave most lanes empty: `few` has the queries of a head as rows instead, few as they
+are, reads the cache once, where it lies, for all heads, and deals blocks of keys to threads.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numba
 import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FAST, FEW_PRODUCTS, FMA, copy, exp, holds_bfloat16, jit, rounded, storage, tanh, widen
-from minimoe.products import round_in_place
+from minimoe.loops import (
+    FAST,
+    FEW_PRODUCTS,
+    FMA,
+    copy,
+    exp,
+    holds_bfloat16,
+    holds_pairs,
+    jit,
+    pair,
+    rounded,
+    storage,
+    tanh,
+    widen,
+)
+from minimoe.products import round_in_place, round_row
 from minimoe.shapes import Array
-from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, take, together
-from minimoe.tiles import multiply, turn
+from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, pieces_for, take, together
+from minimoe.tiles import AHEAD, FEWER, LINE, MULTIPLIES_PAIRS, PAIR, multiply, stream, stream_turned, turn
 
 LANES = 64  # queries per block: four lines in float32
-FEW_QUERIES = 8  # T·G up to here: dot products instead of lanes
-KEYS = 128  # of a block where queries are few; read as four streams, a multiple of 4
+FEW_QUERIES = 32  # T·G up to here: rows instead of lanes, which take longer from 40 to 60 on
+KEYS = 256  # of a block where queries are few
+LEAST = 8  # keys at once in a block: what tiles take is whole such groups
 FEW_STAGES = 3
 UNBOUNDED = 1 << 62  # a window that sees everything
 UNCAPPED = 0.0
@@ -51,8 +68,14 @@ def forward(
     q, k, v, q_pos, k_pos = _prepared(q, k, v, q_pos, k_pos)
     window, scale, cap = scalars(C, window, scale, cap)
     out, lse = np.empty(q.shape, q.dtype), np.empty((B, T, H), q.dtype)
-    attend = few if T * (H // K) <= FEW_QUERIES else many
-    attend(q, k, v, q_pos, k_pos, window, scale, cap, numba.get_num_threads(), out, lse)
+    rest = q_pos, k_pos, window, scale, cap, numba.get_num_threads(), out, lse
+    group, alike = T * (H // K), k.dtype == v.dtype and k.dtype in (q.dtype, np.uint16)
+    if group <= FEW_QUERIES and alike:
+        rows, columns, kind, each = few_shape(group, C, k.dtype)
+        k, v = (x.view(PAIR) if kind == PAIR else x for x in (k, v))
+        few(q, np.zeros((B, K, rows, columns // each), kind), k, v, *rest)
+    else:
+        many(q, k, v, *rest)
     return out, lse
 
 
@@ -375,26 +398,46 @@ def _padded(C):
     return (C + 15) // 16 * 16  # whole lines: 16 float32, twice 8 float64
 
 
+def few_shape(group: int, C: int, stored: np.dtype[Any]) -> tuple[int, int, np.dtype[Any], int]:
+    """How `group` queries of a key/value head are held, for keys that are stored so.
+
+    Returns
+    -------
+    rows, columns : at least `group` and C, up to what tiles take
+    kind : the type of the factors; if it is PAIR, keys and values are viewed as PAIR too
+    each : columns in a factor
+    """
+    rows = group if group == 1 else -(-group // FEWER) * FEWER
+    whole = LINE // stored.itemsize  # of the keys: then they can be read where they lie
+    columns = -(-C // whole) * whole
+    if stored != np.uint16:
+        return rows, columns, stored, 1
+    in_pairs = MULTIPLIES_PAIRS and C % 2 == 0
+    return (rows, columns, PAIR, 2) if in_pairs else (rows, columns, np.dtype(np.float32), 1)
+
+
 @jit()
-def few(q, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse):
+def few(q, queries, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse):
     """Few queries: the keys that are seen are cut into blocks of KEYS, which are dealt to threads.
 
-    A block is read for all heads at once, in the order in which its keys lie: head by head the reads would jump, and
-    what is not in the processor's own cache would take three times as long. Blocks do not depend on the number of
-    threads, and their sums are added in order, so the bits do not either.
+    `queries` is zeros of `few_shape`. A block is read for all heads at once, in the order in which its keys lie, and a
+    thread takes several blocks that are neighbours, so that what is read next can be asked for. Blocks do not depend on
+    the number of threads, and their sums are added in order, so the bits do not either.
     """
-    (B, T, H, C), K = q.shape, k.shape[2]
+    (B, T, H, C), (K, rows, columns) = q.shape, queries.shape[1:]
     seen = np.empty((B, 2), np.int64)
     most = few_seen(q_pos, k_pos, window, seen)
     group, blocks = T * H // K, few_blocks(most)
-    queries, scores = np.empty((B, K, group, C), q.dtype), np.empty((B, blocks, K, group, KEYS), q.dtype)
+    scores = np.empty((B, blocks, K, rows, KEYS), q.dtype)
     tops, totals = np.empty((B, blocks, K, group), q.dtype), np.empty((B, blocks, K, group), q.dtype)
-    sums = np.empty((B, blocks, K, group, C), q.dtype)
+    sums = np.empty((B, blocks, K, rows, 2 * columns if holds_pairs(k) else columns), q.dtype)
     few_queries(q, holds_bfloat16(k), queries)
+    threads = threads if B * H * most * C >= FEW_PRODUCTS else 1
     arguments = (
-        queries, k, v, q_pos, k_pos, window, scale, cap, seen, new_stages(FEW_STAGES), scores, tops, totals, sums, lse,
+        queries, k, v, q_pos, k_pos, window, scale, cap, seen, threads, new_stages(FEW_STAGES), scores, tops, totals,
+        sums, lse,
     )  # fmt: skip
-    together(few_stages, arguments, threads if B * H * most * C >= FEW_PRODUCTS else 1)
+    together(few_stages, arguments, threads)
     few_out(sums, out)
 
 
@@ -416,92 +459,101 @@ def few_blocks(most):
 
 @jit()
 def few_queries(q, bf16, queries):
-    """q (B, T, H, C) by key/value head: (B, K, T·G, C), rounded where keys are stored in bfloat16."""
-    (B, T, H, C), K = q.shape, queries.shape[1]
+    """Put q (B, T, H, C) into `queries` (B, K, T·G or more, C or more, or half as many pairs), rounded if `bf16`."""
+    (B, T, H, _), K = q.shape, queries.shape[1]
     G = H // K
     for b in range(B):
         for t in range(T):
             for h in range(H):
-                for c in range(C):
-                    queries[b, h // G, t * G + h % G, c] = rounded(q[b, t, h, c]) if bf16 else q[b, t, h, c]
+                _left_factors(q[b, t, h], bf16, queries[b, h // G, t * G + h % G])
 
 
 @jit()
-def few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, seen, stages, scores, tops, totals, sums, lse):
+def _left_factors(row, bf16, factors):
+    """A row of float32 or float64 as factors of tiles."""
+    if holds_pairs(factors):
+        for i in range(len(row) // 2):
+            factors[i] = pair(rounded(row[2 * i]), rounded(row[2 * i + 1]))
+    elif bf16:
+        round_row(row, factors)
+    else:
+        copy(row, factors[: len(row)])
+
+
+@jit()
+def few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, seen, threads, stages, scores, tops, totals, sums, lse):
     """What each thread does, in FEW_STAGES stages."""
-    blocks = scores.shape[0] * scores.shape[1]
-    item = begin(stages[0], blocks)
-    while item != NONE:
-        _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, scores, tops, totals)
-        item = go_on(stages[0], blocks)
+    blocks, pieces, (K, rows, columns) = scores.shape[0] * scores.shape[1], pieces_for(threads), queries.shape[1:]
+    room = np.empty((_window(k.strides[1]), K, columns), k.dtype)
+    probs = np.zeros((K, rows, KEYS // 2 if holds_pairs(k) else KEYS), queries.dtype)
+    piece = begin(stages[0], pieces)
+    while piece != NONE:
+        for item in range(blocks * piece // pieces, blocks * (piece + 1) // pieces):
+            _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, room, scores, tops, totals)
+        piece = go_on(stages[0], pieces)
     if alone(stages[1]):
         _few_softmax(tops, totals, lse)
         done(stages[1])
-    item = begin(stages[2], blocks)
-    while item != NONE:
-        _few_sums(v, scores, totals, seen, item, sums)
-        item = go_on(stages[2], blocks)
+    piece = begin(stages[2], pieces)
+    while piece != NONE:
+        for item in range(blocks * piece // pieces, blocks * (piece + 1) // pieces):
+            _few_sums(v, scores, totals, seen, item, room, probs, sums)
+        piece = go_on(stages[2], pieces)
 
 
 @jit()
-def _few_block(seen, item, blocks):
-    """Sequence and block of an item, the block's first key and the number of its keys."""
+def _window(size):
+    """How many keys are read, head by head, before the next, a key of all heads being so many bytes: 8 KiB of them.
+
+    More fit a tile better, but the order in which they are read should be near that in which they lie.
+    """
+    return max(LEAST, min(AHEAD, 8192 // size // LEAST * LEAST))
+
+
+@jit()
+def _few_block(x, seen, item, blocks):
+    """Sequence and block of an item, and the keys, values or positions x (B, S, ...) that belong to it."""
     b, block = item // blocks, item % blocks
     start = seen[b, 0] + KEYS * block
-    return b, block, start, max(0, min(KEYS, seen[b, 1] - start))
+    return b, block, x[b, start : max(start, min(start + KEYS, seen[b, 1]))]
 
 
 @jit(fastmath=FAST)
-def _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, scores, tops, totals):
+def _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, room, scores, tops, totals):
     """One block: e^(score - top) of every query with every key, the largest score, and the sum over the block.
 
-    Four keys, each from another quarter of the block, and two queries at a time: eight sums from six numbers. A score
-    is scaled, then capped, and -inf where the query does not see the key.
+    A score is scaled, then capped, and -inf where the query does not see the key.
     """
-    K, group, C, T = queries.shape[1], queries.shape[2], queries.shape[3], q_pos.shape[1]
-    b, block, start, number = _few_block(seen, item, scores.shape[1])
-    keys, positions, found = k[b, start : start + number], k_pos[b, start : start + number], scores[b, block]
-    quarter, last = (number + 3) // 4, number - 1
+    (K, group), T = tops.shape[2:], q_pos.shape[1]
+    b, block, keys = _few_block(k, seen, item, scores.shape[1])
+    positions = _few_block(k_pos, seen, item, scores.shape[1])[2]
+    early, late = _range(positions)
+    found, number, end = scores[b, block], len(keys), _whole(len(keys))
     factor, bound, minus_inf = scores.dtype.type(scale), scores.dtype.type(cap), scores.dtype.type(-np.inf)
-    for s in range(quarter):
-        s1, s2, s3 = min(s + quarter, last), min(s + 2 * quarter, last), min(s + 3 * quarter, last)
-        for kh in range(K):
-            k0, k1, k2, k3 = keys[s, kh], keys[s1, kh], keys[s2, kh], keys[s3, kh]
-            for i in range(0, group, 2):
-                j = min(i + 1, group - 1)
-                x, z, row, other = queries[b, kh, i], queries[b, kh, j], found[kh, i], found[kh, j]
-                x0 = x1 = x2 = x3 = z0 = z1 = z2 = z3 = scores.dtype.type(0)
-                for c in range(C):
-                    c0, c1, c2, c3 = widen(k0[c]), widen(k1[c]), widen(k2[c]), widen(k3[c])
-                    xc, zc = x[c], z[c]
-                    x0 += c0 * xc
-                    x1 += c1 * xc
-                    x2 += c2 * xc
-                    x3 += c3 * xc
-                    z0 += c0 * zc
-                    z1 += c1 * zc
-                    z2 += c2 * zc
-                    z3 += c3 * zc
-                row[s], row[s1], row[s2], row[s3] = x0, x1, x2, x3
-                other[s], other[s1], other[s2], other[s3] = z0, z1, z2, z3
+    s = 0
+    while s < number:
+        lines = _lines(keys[s:], room)
+        stream_turned(queries[b], lines, found[:, :, s : s + len(lines)])
+        s += len(lines)
     for kh in range(K):
         for i in range(group):
-            row, position = found[kh, i], q_pos[b, i * T // group]
+            row, position = found[kh, i, :end], q_pos[b, i * T // group]
             for s in range(number):
                 score = row[s] * factor
                 row[s] = score if cap == UNCAPPED else bound * tanh(score / bound)
-            for s in range(number):
-                distance = position - positions[s]
-                if positions[s] < 0 or distance < 0 or distance >= window:
-                    row[s] = minus_inf
+            if early < 0 or late > position or position - early >= window:  # else it sees all of them
+                for s in range(number):
+                    distance = position - positions[s]
+                    if positions[s] < 0 or distance < 0 or distance >= window:
+                        row[s] = minus_inf
             row[number:] = minus_inf
             t0 = t1 = t2 = t3 = minus_inf
-            for s in range(0, KEYS, 4):
+            for s in range(0, end, 4):
                 t0, t1 = max(t0, row[s]), max(t1, row[s + 1])
                 t2, t3 = max(t2, row[s + 2]), max(t3, row[s + 3])
             top, total = max(max(t0, t1), max(t2, t3)), scores.dtype.type(0)
             shift = top if top > minus_inf else total  # no visible key: e^(-inf - 0) = 0, not NaN
-            for s in range(KEYS):
+            for s in range(end):
                 row[s] = exp(row[s] - shift)
                 total += row[s]
             tops[b, block, kh, i], totals[b, block, kh, i] = top, total
@@ -530,53 +582,58 @@ def _few_softmax(tops, totals, lse):
 
 
 @jit(fastmath=FMA)
-def _few_sums(v, scores, factors, seen, item, sums):
-    """One block: sums[i] = Σ_s probability[i, s] · v[s], four values at a time, each from another quarter."""
-    K, group, C = sums.shape[2:]
-    b, block, start, number = _few_block(seen, item, sums.shape[1])
-    values, probs, found = v[b, start : start + number], scores[b, block], sums[b, block]
-    quarter = number // 4
+def _few_sums(v, scores, factors, seen, item, room, probs, sums):
+    """One block: sums[i] = Σ_s probability[i, s] · v[s]."""
+    K, group = factors.shape[2:]
+    b, block, values = _few_block(v, seen, item, sums.shape[1])
+    found, end = sums[b, block], _whole(len(values))
+    if end == 0:
+        found[:] = 0
     for kh in range(K):
         for i in range(group):
-            row, factor, total = probs[kh, i], factors[b, block, kh, i], found[kh, i]
-            for s in range(number):
-                row[s] = rounded(row[s] * factor) if holds_bfloat16(v) else row[s] * factor
-            for c in range(C):
-                total[c] = 0
-    for s in range(quarter):
-        s1, s2, s3 = s + quarter, s + 2 * quarter, s + 3 * quarter
-        for kh in range(K):
-            v0, v1, v2, v3 = values[s, kh], values[s1, kh], values[s2, kh], values[s3, kh]
-            for i in range(0, group - 1, 2):
-                y, z, p, r = found[kh, i], found[kh, i + 1], probs[kh, i], probs[kh, i + 1]
-                p0, p1, p2, p3 = p[s], p[s1], p[s2], p[s3]
-                r0, r1, r2, r3 = r[s], r[s1], r[s2], r[s3]
-                for c in range(C):
-                    x0, x1, x2, x3 = widen(v0[c]), widen(v1[c]), widen(v2[c]), widen(v3[c])
-                    y[c] = y[c] + p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3
-                    z[c] = z[c] + r0 * x0 + r1 * x1 + r2 * x2 + r3 * x3
-            if group % 2:
-                y, p = found[kh, group - 1], probs[kh, group - 1]
-                p0, p1, p2, p3 = p[s], p[s1], p[s2], p[s3]
-                for c in range(C):
-                    y[c] = y[c] + p0 * widen(v0[c]) + p1 * widen(v1[c]) + p2 * widen(v2[c]) + p3 * widen(v3[c])
-    for s in range(4 * quarter, number):
-        for kh in range(K):
-            value = values[s, kh]
-            for i in range(group):
-                y, p0 = found[kh, i], probs[kh, i, s]
-                for c in range(C):
-                    y[c] += p0 * widen(value[c])
+            row, factor = scores[b, block, kh, i, :end], factors[b, block, kh, i]
+            for s in range(end):
+                row[s] *= factor
+            _left_factors(row, holds_bfloat16(v), probs[kh, i])
+    s, each = 0, 2 if holds_pairs(v) else 1
+    while s < end:
+        lines = _lines(values[s:], room)
+        stream(probs[:, :, s // each : (s + len(lines)) // each], lines, found, s == 0)
+        s += len(lines)
+
+
+@jit()
+def _whole(number):
+    """So many keys, up to whole LEASTs."""
+    return (number + LEAST - 1) // LEAST * LEAST
+
+
+@jit()
+def _lines(x, room):
+    """The first of some keys or values (S', K, C) as right factors of tiles: whole LEASTs, and columns, of `room`.
+
+    Where they are that already, they are used where they lie; else copied into `room`, zeros after them.
+    """
+    number, columns = min(len(x), len(room)), x.shape[2]
+    if columns == room.shape[2] and number >= LEAST:
+        return x[: number // LEAST * LEAST]
+    lines = room[: _whole(number)]
+    for s in range(number):
+        for kh in range(x.shape[1]):
+            copy(x[s, kh], lines[s, kh, :columns])
+            lines[s, kh, columns:] = 0
+    lines[number:] = 0
+    return lines
 
 
 @jit()
 def few_out(sums, out):
     """Add up the blocks, in order."""
-    B, blocks, K, group, C = sums.shape
-    G = out.shape[2] // K
+    (B, blocks, K), (T, H, C) = sums.shape[:3], out.shape[1:]
+    G = H // K
     for b in range(B):
         for kh in range(K):
-            for i in range(group):
+            for i in range(T * G):
                 target = out[b, i // G, kh * G + i % G]
                 for c in range(C):
                     target[c] = sums[b, 0, kh, i, c]
