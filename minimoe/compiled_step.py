@@ -39,7 +39,6 @@ from minimoe.products import round_row
 from minimoe.quantized import Int8, kept_dtype, parts
 from minimoe.shapes import Array
 from minimoe.stages import alone, done, enter, new_stages, pieces_for
-from minimoe.tiles import PAIR
 
 MOST_TOKENS = min(linear.FEW_ROWS, experts.FEW_ROWS, gating.FEW_ROWS)  # per step; more go op by op
 ROOMS = {
@@ -89,7 +88,8 @@ def prepared(
     some = params.layers[0].attention.wq
     stored = np.dtype(np.int8) if isinstance(some, Int8) else kept
     head = np.dtype(np.int8) if isinstance(params.head, Int8) else kept
-    arrays, task = _arrays(c, params, cache), np.zeros(1, TASK)
+    shape = attention.few_shape(G, c.head_dim, kept)
+    arrays, task = _arrays(c, params, cache, shape), np.zeros(1, TASK)
     for name, array in arrays.items():
         task[name] = address(array)
     task["window"], task["scale"], task["cap"] = attention.scalars(
@@ -101,7 +101,7 @@ def prepared(
     )  # fmt: skip
     for name, value in zip("BRLVDFHKCEk", sizes, strict=True):
         task[name] = value
-    task["rows"], task["columns"], *_ = attention.few_shape(G, c.head_dim, kept)
+    task["rows"], task["columns"] = shape.rows, shape.columns
     task["gelu"], task["renormalise"] = c.activation == "gelu_tanh", c.renormalise
     task["eps"], task["embedding_multiplier"] = c.norm_eps, c.embedding_multiplier
     row = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.num_experts_per_token * c.intermediate_size
@@ -131,7 +131,7 @@ def prepared(
     return step
 
 
-def _arrays(c: ModelConfig, params: Params, cache: KVCache) -> dict[str, Array]:
+def _arrays(c: ModelConfig, params: Params, cache: KVCache, queries: attention.FewShape) -> dict[str, Array]:
     """What a step reads and writes, by the names in TASK: made once, and filled anew in each step."""
     B, R = cache.positions.shape
     D, F, H, K, C, E, k = (
@@ -140,7 +140,7 @@ def _arrays(c: ModelConfig, params: Params, cache: KVCache) -> dict[str, Array]:
     )  # fmt: skip
     both = zip(params.layers, cache.layers, strict=True)
     blocks = -(-R // attention.KEYS) * B  # of keys, at most
-    rows, columns, *_ = attention.few_shape(H // K, C, storage(cache.layers[0].k).dtype)
+    rows, columns = queries.rows, queries.columns
     ints: dict[str, Any] = {
         "tokens": (B, 1), "q_pos": (B, 1), "cache_pos": (B, R), "slots": (B, 1), "seen": (B, 2), "ids": (B, k),
         "pairs": B * k, "offsets": E + 1, "place": (B, k), "segments": (E, 3), "counts": 2,
@@ -226,8 +226,8 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
     """
     bf16, f32, i64 = kept == np.uint16, np.float32, np.int64
     narrow, narrow_head = bool(bf16 and stored == kept), bool(bf16 and head == kept)
-    factors, each = attention.few_shape(1, 2, kept)[2:]  # C is even: see ModelConfig
-    held = factors if factors == PAIR else kept
+    queried = attention.few_shape(1, 2, kept)  # C is even: see ModelConfig
+    factors, each, held = queried.kind, queried.each, queried.kind if queried.each > 1 else kept
 
     @by_address("void(int64)")
     def step(place_of_task):
@@ -302,7 +302,7 @@ def _compiled(kept: np.dtype[Any], stored: np.dtype[Any], head: np.dtype[Any]) -
                 rope.rotate_into_cache(new_q, new_k, new_v, cos, sin, k_cache, v_cache, slots, rotated)
                 attention.few_queries(q, holds_bfloat16(k_cache), queries)
                 done(stage[ROTATE])
-            keys = at_address(row[KEYS, 0], (B, R, K, C // each), held)
+            keys = at_address(row[KEYS, 0], (B, R, K, C // each), held)  # the same memory, as factors
             values = at_address(row[VALUES, 0], (B, R, K, C // each), held)
             attention.few_stages(
                 queries, keys, values, q_pos, cache_pos, window, scale, cap, seen, threads, stage[ATTEND:], scores,

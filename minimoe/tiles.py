@@ -47,7 +47,7 @@ FEWER = 4  # rows of a smaller tile, for what is left at an edge: with less, mul
 REGISTER = LINE if "+avx512f" in _FEATURES else LINE // 2  # bytes
 WIDE = 2 if "+avx512f" in _FEATURES else 1  # lines of a tile of FEWER rows: 8 registers of sums
 WIDE_SINGLE = 4  # lines of a tile of one row
-AHEAD = 16  # rows: 8 do as well, 64 too, unless more are read of one head before the next
+AHEAD = 16  # rows: no fewer than are read of one head before the next head's turn; up to 64 were as fast
 PAIR = np.dtype(np.uint32)  # two bfloat16, the first in the lower half
 MULTIPLIES_PAIRS = "+avx512bf16" in _FEATURES  # whether there may be factors of that type
 
@@ -60,8 +60,9 @@ def _tile(rows: int, lines: int = 1, streams: bool = False) -> Any:
     there, or are added to it; the type of the factors, float32, float64 or PAIR.
 
     If it `streams`, what lies AHEAD rows on in `right` is asked for, and `right` may be bfloat16 as it is stored. The
-    type is uint16 where `left` is float32: a line is widened as it is read. It is PAIR where `left` is: rows of two k's
-    are read as one, and as a line of both gives two lines of pairs, there are two at least.
+    type is uint16 where `left` is float32: a line is widened as it is read. It is PAIR where `left` has pairs for two
+    rows of `right`: they are read as one k, `right_k` still being the bytes of one, and their lines, 32 numbers each,
+    make two lines of pairs, so there are two lines at least.
     """
 
     @intrinsic
@@ -76,7 +77,7 @@ def _tile(rows: int, lines: int = 1, streams: bool = False) -> Any:
             def read(base, row, column):
                 if streams:
                     _ask(builder, _pointer(builder, base, row + AHEAD, right_k, stored, column))
-                return _read(builder, _pointer(builder, base, row, right_k, stored, column), line)
+                return _read(builder, _pointer(builder, base, row, right_k, stored, column), stored, line)
 
             places = [(row, column) for row in range(rows) for column in range(columns)]
             total = {
@@ -117,8 +118,8 @@ def _dots(rows: int) -> Any:
     Its arguments: the address of `left`, and bytes from row to row; the same of `right`; the number of registers that a
     row fills; the address of `out`, and bytes from row to row; the type of `right`, as of a tile that streams.
 
-    Each row and column has a sum in every lane of a register. The lanes are added up for all of them together, as
-    squares are turned: half as many registers are left after each round, and at last one, with a sum in each lane.
+    Each row and column has a sum in every lane of a register. The lanes are added up for all of them together, in
+    rounds of `_exchanged`: half as many registers are left after each, and at last one, with a sum in each lane.
     """
 
     @intrinsic
@@ -136,7 +137,7 @@ def _dots(rows: int) -> Any:
                 lefts = [builder.load(_pointer(builder, here, row, left_row, line), align=align) for row in range(rows)]
                 for column in range(columns):
                     _ask(builder, _pointer(builder, there, column + AHEAD, right_row, stored))
-                    vector = _read(builder, _pointer(builder, there, column, right_row, stored), line)
+                    vector = _read(builder, _pointer(builder, there, column, right_row, stored), stored, line)
                     for row in range(rows):
                         one_sum = total[row * columns + column]
                         builder.store(multiply_add(lefts[row], vector, builder.load(one_sum)), one_sum)
@@ -162,10 +163,11 @@ def _dots(rows: int) -> Any:
 
 
 def _line(context: Any, kind: Any, size: int) -> tuple[Any, Any]:
-    """So many bytes of factors, and as they are stored: as type uint16 holds bfloat16, which is widened."""
-    line = ir.VectorType(context.get_value_type(kind), 8 * size // kind.bitwidth)
+    """So many bytes of factors, and the same numbers as they are stored: half as many bytes of uint16, for float32."""
+    number = context.get_value_type(kind)
     if kind == types.uint16:
-        return ir.VectorType(ir.FloatType(), size // 4), ir.VectorType(line.element, size // 4)
+        return ir.VectorType(ir.FloatType(), size // 4), ir.VectorType(number, size // 4)
+    line = ir.VectorType(number, 8 * size // kind.bitwidth)
     return line, line
 
 
@@ -175,9 +177,8 @@ def _size(line: Any) -> int:
     return sizes[line.element]
 
 
-def _read(builder: Any, pointer: Any, line: Any) -> Any:
-    """Load factors, widened if they are stored in bfloat16."""
-    stored = pointer.type.pointee
+def _read(builder: Any, pointer: Any, stored: Any, line: Any) -> Any:
+    """Load a line of factors, widened if it is stored in bfloat16."""
     found = builder.load(pointer, align=_size(stored))
     if stored == line:
         return found
@@ -214,7 +215,11 @@ def _lanes(builder: Any, vector: Any, start: int, number: int) -> Any:
 
 
 def _exchanged(builder: Any, a: Any, b: Any, bit: int) -> tuple[Any, Any]:
-    """Two rows of a square with a bit of rows' and of columns' numbers exchanged: see `_turn_square`."""
+    """Two lines whose numbers differ in a bit, after it was exchanged with the same bit of lanes: see `_turn_square`.
+
+    For bit 1: a0 a1 a2 a3 and b0 b1 b2 b3 become a0 b0 a2 b2 and a1 b1 a3 b3. In their sum even lanes are of a, odd
+    ones of b.
+    """
     count, lanes = a.type.count, range(a.type.count)
     first = [count + (j ^ bit) if j & bit else j for j in lanes]
     second = [count + j if j & bit else j | bit for j in lanes]
@@ -312,23 +317,24 @@ def multiply_line(x, x_row, x_k, M, y, y_k, K, z, z_row, begin, dtype, ahead, ah
 
 @jit()
 def stream(left, right, out, begin):
-    """out[h] = left[h] · right[:, h] if `begin`, else it is added to `out`, for every h; `right` is read once.
+    """out[h] = left[h] · right[:, h] if `begin`, else it is added to `out`, for every h.
 
-    left (H, M, K), M being 1 or whole FEWERs; right (K, H, N), its numbers side by side; out (H, M, N), columns side by
-    side, N being whole lines. Besides those of `multiply` there is bfloat16 as it is stored: right of uint16 and left
-    float32, or both of PAIR, right (K, H, N / 2) with pairs of neighbours in a row, left (H, M, K / 2).
+    `right` is read from memory once. left (H, M, K), M being 1 or whole FEWERs; right (K, H, N), its numbers side by
+    side; out (H, M, N), columns side by side, N being whole lines. Besides those of `multiply` there is bfloat16 as it
+    is stored: right of uint16 and left float32, or both of PAIR, right (K, H, N / 2) with pairs of neighbours in a row,
+    left (H, M, K / 2) with pairs of neighbours in k, K being even and N an even number of lines.
     """
     x, x_head, x_row, x_k = left.ctypes.data, left.strides[0], left.strides[1], left.strides[2]
     y, y_k, y_head = right.ctypes.data, right.strides[0], right.strides[1]
     z, z_head, z_row = out.ctypes.data, out.strides[0], out.strides[1]
     (H, M, K), width, begin = left.shape, out.shape[2] * out.itemsize, bool(begin)
-    halves = 2 if holds_pairs(right) or holds_bfloat16(right) else 1  # as many bytes of a row of right as of out
+    ratio = 2 if holds_pairs(right) or holds_bfloat16(right) else 1  # bytes of out for each byte of right
     least, most = LINE * (2 if holds_pairs(right) else 1), LINE * (WIDE if M > 1 else WIDE_SINGLE)
     for h in range(H):
         for m in range(0, M, FEWER):
             here, place, n = x + h * x_head + m * x_row, z + h * z_head + m * z_row, 0
             while n < width:
-                there, wide = y + h * y_head + n // halves, n + most <= width
+                there, wide = y + h * y_head + n // ratio, n + most <= width
                 if wide and M > 1:
                     _wide(here, x_row, x_k, there, y_k, K, place + n, z_row, begin, right.dtype)
                 elif wide:
@@ -342,7 +348,7 @@ def stream(left, right, out, begin):
 
 @jit()
 def stream_turned(left, right, out):
-    """out[h] = left[h] · right[:, h]ᵀ for every h; `right` is read once.
+    """out[h] = left[h] · right[:, h]ᵀ for every h. `right` is read from memory once.
 
     left (H, M, K), M being 1 or whole FEWERs; right (N, H, K), N being whole FEWERs; numbers of a row side by side and
     in whole lines; out (H, M, N). Types as of `stream`, where pairs of left too are of neighbours in a row.
@@ -350,7 +356,7 @@ def stream_turned(left, right, out):
     x, x_head, x_row = left.ctypes.data, left.strides[0], left.strides[1]
     y, y_row, y_head = right.ctypes.data, right.strides[0], right.strides[1]
     z, z_head, z_row, size = out.ctypes.data, out.strides[0], out.strides[1], left.itemsize
-    (H, M, _), K = left.shape, left.shape[2] * size // REGISTER
+    (H, M, _), registers = left.shape, left.shape[2] * size // REGISTER
     columns = FEWER if M == 1 else REGISTER // size // FEWER
     for n in range(0, right.shape[0], columns):
         for h in range(H):
@@ -358,9 +364,9 @@ def stream_turned(left, right, out):
             for m in range(0, M, FEWER):
                 here, place = x + h * x_head + m * x_row, z + h * z_head + m * z_row + n * size
                 if M > 1:
-                    _dots_few(here, x_row, there, y_row, K, place, z_row, right.dtype)
+                    _dots_few(here, x_row, there, y_row, registers, place, z_row, right.dtype)
                 else:
-                    _dots_single(here, x_row, there, y_row, K, place, z_row, right.dtype)
+                    _dots_single(here, x_row, there, y_row, registers, place, z_row, right.dtype)
 
 
 @intrinsic

@@ -1,8 +1,13 @@
 """Products whose sums stay in registers, against NumPy's."""
 
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
+from numba.core.codegen import get_host_cpu_features
 
 from minimoe.tiles import FEWER, LINE, MULTIPLIES_PAIRS, PAIR, ROWS, multiply, stream, stream_turned
 
@@ -159,3 +164,29 @@ def test_what_is_not_a_number_stays_in_its_own_sums_of_a_stream(stored):
     stream(np.ascontiguousarray(left[:, :, : 8 if stored != PAIR else 4]), right, out, True)
     bad = np.isnan(out)
     assert bad[1, :, 3].all() and bad.sum() == FEWER
+
+
+@pytest.mark.slow
+def test_the_tiles_of_a_processor_without_avx512(tmp_path):
+    """These tests once more, where half as wide and half as many registers are compiled for."""
+    features = get_host_cpu_features().split(",")
+    others = [name for name in features if not name.startswith("+avx512")]
+    if "NUMBA_CPU_FEATURES" in os.environ or others == features:
+        pytest.skip("compiled without AVX-512 already")
+    env = {**os.environ, "NUMBA_CPU_FEATURES": ",".join(others), "NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-o",
+        "addopts=",
+        __file__,
+    ]
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert " passed" in found.stdout

@@ -218,6 +218,12 @@ def test_explain_names_what_forward_computes(scores):
 KINDS = pytest.mark.parametrize("kind", ["float64", "float32", "bfloat16"])
 
 
+@pytest.fixture(params=[True, False], ids=["pairs", "widened"])
+def bfloat16_products(request, monkeypatch):
+    """Keys and values in bfloat16 are multiplied in pairs, where the processor does it, or widened."""
+    monkeypatch.setattr(numba_cpu, "MULTIPLIES_PAIRS", request.param and numba_cpu.MULTIPLIES_PAIRS)
+
+
 def stored(kind, q, k, v):
     """The inputs in the types that a model of this storage type has, and the error that its sums may make."""
     held = BFLOAT16 if kind == "bfloat16" else kind
@@ -225,9 +231,10 @@ def stored(kind, q, k, v):
 
 
 @KINDS
-@pytest.mark.parametrize(("C", "threads"), [(6, False), (7, False), (100, True), (128, True)])
+@pytest.mark.parametrize(("C", "threads"), [(5, False), (6, False), (100, True), (128, True)])
 @pytest.mark.parametrize("window", [None, 3 * numba_cpu.KEYS + 7])
 @pytest.mark.parametrize(("T", "H", "K"), [(1, 6, 2), (1, 4, 1), (2, 8, 4), (1, 3, 3)])
+@pytest.mark.usefixtures("bfloat16_products")
 def test_blocks_of_keys_add_up(kind, C, threads, window, T, H, K):
     """Few queries, more keys than a block holds; the sequences of the batch see different numbers of them."""
     S, hidden = 5 * numba_cpu.KEYS + 81, 2 * numba_cpu.KEYS + 50
@@ -235,7 +242,7 @@ def test_blocks_of_keys_add_up(kind, C, threads, window, T, H, K):
     pos[0] = np.maximum(pos[0] - hidden, -1)  # in order: what is hidden lies in front
     rng = np.random.default_rng(0)
     q, k, v = stored(kind, rng.normal(size=(2, T, H, C)), *rng.normal(size=(2, 2, S, K, C)))
-    assert (2 * H * min(S, window or S) * C >= numba_cpu.FEW_PRODUCTS) is threads
+    assert (q.size * min(S, window or S) >= numba_cpu.FEW_PRODUCTS) is threads
     assert T * (H // K) <= numba_cpu.FEW_QUERIES
     found, truth = (module.forward(q, k, v, pos[:, -T:], pos, window) for module in (numba_cpu, reference))
     tolerance = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 5e-4}[kind]  # a probability may round the other way
@@ -265,14 +272,12 @@ def test_any_number_of_keys_fills_blocks(T, H, K, C, S):
     assert_close(found, truth)
 
 
-def test_types_may_be_mixed():
-    """The result is that of the reference, and of the type of q."""
-    inputs = draw(2, 2, 9, 4, 2, 4, 2)
-    for kinds in (
-        ("float64", "float32", "float32"),
-        ("float32", "float64", "float64"),
-        ("float32", "float32", "float64"),
-    ):
+@pytest.mark.parametrize("T", [2, 20])
+def test_types_may_be_mixed(T):
+    """The result is that of the reference, and of the type of q; each product rounds for its own stored factor."""
+    inputs = draw(2, T, T + 7, 4, 2, 4, 2)
+    halves = [("float32", "float32", BFLOAT16), ("float32", BFLOAT16, "float32")]
+    for kinds in [("float64", "float32", "float32"), ("float32", "float64", "float64"), *halves]:
         q, k, v = (x.astype(kind) for x, kind in zip(inputs[:3], kinds, strict=True))
         found, truth = (module.forward(q, k, v, *inputs[3:], None) for module in (numba_cpu, reference))
         assert found[0].dtype == q.dtype

@@ -18,7 +18,7 @@ are, reads the cache once, where it lies, for all heads, and deals blocks of key
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -46,9 +46,9 @@ from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, pieces_f
 from minimoe.tiles import AHEAD, FEWER, LINE, MULTIPLIES_PAIRS, PAIR, multiply, stream, stream_turned, turn
 
 LANES = 64  # queries per block: four lines in float32
-FEW_QUERIES = 32  # T·G up to here: rows instead of lanes, which take longer from 40 to 60 on
-KEYS = 256  # of a block where queries are few
-LEAST = 8  # keys at once in a block: what tiles take is whole such groups
+FEW_QUERIES = 32  # T·G up to here: rows instead of lanes; from 40 to 60 on those are faster
+LEAST = 8  # keys: tiles take whole LEASTs of them
+KEYS = 32 * LEAST  # of a block where queries are few
 FEW_STAGES = 3
 UNBOUNDED = 1 << 62  # a window that sees everything
 UNCAPPED = 0.0
@@ -71,9 +71,9 @@ def forward(
     rest = q_pos, k_pos, window, scale, cap, numba.get_num_threads(), out, lse
     group, alike = T * (H // K), k.dtype == v.dtype and k.dtype in (q.dtype, np.uint16)
     if group <= FEW_QUERIES and alike:
-        rows, columns, kind, each = few_shape(group, C, k.dtype)
-        k, v = (x.view(PAIR) if kind == PAIR else x for x in (k, v))
-        few(q, np.zeros((B, K, rows, columns // each), kind), k, v, *rest)
+        shape = few_shape(group, C, k.dtype)
+        queries = np.zeros((B, K, shape.rows, shape.columns // shape.each), shape.kind)
+        few(q, queries, *((k, v) if shape.each == 1 else (k.view(PAIR), v.view(PAIR))), *rest)
     else:
         many(q, k, v, *rest)
     return out, lse
@@ -149,7 +149,6 @@ def _many_stage(q, k, v, q_pos, k_pos, window, scale, cap, stage, out, lse):
 
 @jit(inline="always")
 def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, block):
-    bf16 = holds_bfloat16(k)
     T, G, C = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
     start, lanes = block * LANES, min(LANES, T * G - block * LANES)
     position = np.full(LANES, -1, np.int64)
@@ -159,7 +158,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, b
     first, last = _seen(position[:lanes], k_pos[b], window)
     # forward: scores = q · kᵀ / sqrt(C)
     qT = _to_lanes(_load_queries(q[b], tokens, heads), C)  # (C, LANES)
-    if bf16:
+    if holds_bfloat16(k):
         round_in_place(qT)
     rows = _load_rows(k, q.dtype, b, kh, first, last)  # (S', C)
     scores = np.empty((len(rows), LANES), q.dtype)
@@ -186,7 +185,7 @@ def _forward_block(q, k, v, q_pos, k_pos, window, scale, cap, out, lse, b, kh, b
     divisor = np.empty(LANES, q.dtype)
     for lane in range(LANES):
         divisor[lane] = 1 if total[lane] == 0 else total[lane]
-    if bf16:
+    if holds_bfloat16(v):
         for s in range(scores.shape[0]):
             row = scores[s]
             for lane in range(LANES):
@@ -398,41 +397,53 @@ def _padded(C):
     return (C + 15) // 16 * 16  # whole lines: 16 float32, twice 8 float64
 
 
-def few_shape(group: int, C: int, stored: np.dtype[Any]) -> tuple[int, int, np.dtype[Any], int]:
-    """How `group` queries of a key/value head are held, for keys that are stored so.
+class FewShape(NamedTuple):
+    """How few queries of a key/value head are held.
 
-    Returns
-    -------
-    rows, columns : at least `group` and C, up to what tiles take
+    Attributes
+    ----------
+    rows, columns : at least T·G and C, up to what tiles take; what is beyond counts for nothing
     kind : the type of the factors; if it is PAIR, keys and values are viewed as PAIR too
     each : columns in a factor
     """
+
+    rows: int
+    columns: int
+    kind: np.dtype[Any]
+    each: int
+
+
+def few_shape(group: int, C: int, stored: np.dtype[Any]) -> FewShape:
+    """How `group` queries of size C are held for keys that are stored so.
+
+    >>> few_shape(6, 80, np.dtype(np.float32))
+    FewShape(rows=8, columns=80, kind=dtype('float32'), each=1)
+    """
+    in_pairs = stored == np.uint16 and MULTIPLIES_PAIRS and C % 2 == 0
+    kind = PAIR if in_pairs else np.dtype(np.float32) if stored == np.uint16 else stored
+    each = 2 if in_pairs else 1
+    whole = each * LINE // kind.itemsize
     rows = group if group == 1 else -(-group // FEWER) * FEWER
-    whole = LINE // stored.itemsize  # of the keys: then they can be read where they lie
-    columns = -(-C // whole) * whole
-    if stored != np.uint16:
-        return rows, columns, stored, 1
-    in_pairs = MULTIPLIES_PAIRS and C % 2 == 0
-    return (rows, columns, PAIR, 2) if in_pairs else (rows, columns, np.dtype(np.float32), 1)
+    return FewShape(rows, -(-C // whole) * whole, kind, each)
 
 
 @jit()
 def few(q, queries, k, v, q_pos, k_pos, window, scale, cap, threads, out, lse):
     """Few queries: the keys that are seen are cut into blocks of KEYS, which are dealt to threads.
 
-    `queries` is zeros of `few_shape`. A block is read for all heads at once, in the order in which its keys lie, and a
+    `queries` is zeros, of `few_shape`. A block is read for all heads at once, in the order in which its keys lie, and a
     thread takes several blocks that are neighbours, so that what is read next can be asked for. Blocks do not depend on
     the number of threads, and their sums are added in order, so the bits do not either.
     """
-    (B, T, H, C), (K, rows, columns) = q.shape, queries.shape[1:]
+    B, (K, rows, width) = len(q), queries.shape[1:]
     seen = np.empty((B, 2), np.int64)
     most = few_seen(q_pos, k_pos, window, seen)
-    group, blocks = T * H // K, few_blocks(most)
+    group, blocks = q.shape[1] * q.shape[2] // K, few_blocks(most)
     scores = np.empty((B, blocks, K, rows, KEYS), q.dtype)
     tops, totals = np.empty((B, blocks, K, group), q.dtype), np.empty((B, blocks, K, group), q.dtype)
-    sums = np.empty((B, blocks, K, rows, 2 * columns if holds_pairs(k) else columns), q.dtype)
+    sums = np.empty((B, blocks, K, rows, 2 * width if holds_pairs(k) else width), q.dtype)
     few_queries(q, holds_bfloat16(k), queries)
-    threads = threads if B * H * most * C >= FEW_PRODUCTS else 1
+    threads = threads if q.size * most >= FEW_PRODUCTS else 1
     arguments = (
         queries, k, v, q_pos, k_pos, window, scale, cap, seen, threads, new_stages(FEW_STAGES), scores, tops, totals,
         sums, lse,
@@ -470,7 +481,7 @@ def few_queries(q, bf16, queries):
 
 @jit()
 def _left_factors(row, bf16, factors):
-    """A row of float32 or float64 as factors of tiles."""
+    """Put a row where a tile finds it: rounded if `bf16`, in pairs if `factors` holds them; what is beyond it stays."""
     if holds_pairs(factors):
         for i in range(len(row) // 2):
             factors[i] = pair(rounded(row[2 * i]), rounded(row[2 * i + 1]))
@@ -482,13 +493,19 @@ def _left_factors(row, bf16, factors):
 
 @jit()
 def few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, seen, threads, stages, scores, tops, totals, sums, lse):
-    """What each thread does, in FEW_STAGES stages."""
-    blocks, pieces, (K, rows, columns) = scores.shape[0] * scores.shape[1], pieces_for(threads), queries.shape[1:]
-    room = np.empty((_window(k.strides[1]), K, columns), k.dtype)
+    """What each thread does, in FEW_STAGES stages.
+
+    queries (B, K, rows, width), width being columns, or half of them in pairs; k and v (B, S, K, C), or C / 2 of PAIR;
+    seen (B, 2); scores (B, blocks, K, rows, KEYS); tops and totals (B, blocks, K, T·G); sums (B, blocks, K, rows,
+    columns). In rows beyond T·G there may be anything.
+    """
+    items, (K, rows, width) = scores.shape[0] * scores.shape[1], queries.shape[1:]
+    pieces = min(items, pieces_for(threads))
+    room = np.empty((_keys_at_once(k.strides[1]), K, width), k.dtype)
     probs = np.zeros((K, rows, KEYS // 2 if holds_pairs(k) else KEYS), queries.dtype)
     piece = begin(stages[0], pieces)
     while piece != NONE:
-        for item in range(blocks * piece // pieces, blocks * (piece + 1) // pieces):
+        for item in range(items * piece // pieces, items * (piece + 1) // pieces):
             _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, room, scores, tops, totals)
         piece = go_on(stages[0], pieces)
     if alone(stages[1]):
@@ -496,26 +513,27 @@ def few_stages(queries, k, v, q_pos, k_pos, window, scale, cap, seen, threads, s
         done(stages[1])
     piece = begin(stages[2], pieces)
     while piece != NONE:
-        for item in range(blocks * piece // pieces, blocks * (piece + 1) // pieces):
+        for item in range(items * piece // pieces, items * (piece + 1) // pieces):
             _few_sums(v, scores, totals, seen, item, room, probs, sums)
         piece = go_on(stages[2], pieces)
 
 
 @jit()
-def _window(size):
-    """How many keys are read, head by head, before the next, a key of all heads being so many bytes: 8 KiB of them.
+def _keys_at_once(size):
+    """How many keys are read for a head before the next head's turn, a key of all heads being so many bytes.
 
-    More fit a tile better, but the order in which they are read should be near that in which they lie.
+    About 8 KiB: with more a tile's sums are stored less often, with less keys are read nearer to the order in which
+    they lie. AHEAD at most, so that what is asked for is beyond them.
     """
     return max(LEAST, min(AHEAD, 8192 // size // LEAST * LEAST))
 
 
 @jit()
-def _few_block(x, seen, item, blocks):
-    """Sequence and block of an item, and the keys, values or positions x (B, S, ...) that belong to it."""
+def _few_block(seen, item, blocks):
+    """Sequence and block of an item; from which key, and up to which, it reaches."""
     b, block = item // blocks, item % blocks
     start = seen[b, 0] + KEYS * block
-    return b, block, x[b, start : max(start, min(start + KEYS, seen[b, 1]))]
+    return b, block, start, max(start, min(start + KEYS, seen[b, 1]))
 
 
 @jit(fastmath=FAST)
@@ -525,16 +543,15 @@ def _few_scores(queries, k, q_pos, k_pos, window, scale, cap, seen, item, room, 
     A score is scaled, then capped, and -inf where the query does not see the key.
     """
     (K, group), T = tops.shape[2:], q_pos.shape[1]
-    b, block, keys = _few_block(k, seen, item, scores.shape[1])
-    positions = _few_block(k_pos, seen, item, scores.shape[1])[2]
-    early, late = _range(positions)
-    found, number, end = scores[b, block], len(keys), _whole(len(keys))
+    b, block, start, stop = _few_block(seen, item, scores.shape[1])
+    keys, positions, found = k[b, start:stop], k_pos[b, start:stop], scores[b, block]
+    number, end, (early, late) = len(keys), _whole(len(keys)), _range(positions)
     factor, bound, minus_inf = scores.dtype.type(scale), scores.dtype.type(cap), scores.dtype.type(-np.inf)
     s = 0
     while s < number:
-        lines = _lines(keys[s:], room)
-        stream_turned(queries[b], lines, found[:, :, s : s + len(lines)])
-        s += len(lines)
+        right = _right_factors(keys[s:], room)
+        stream_turned(queries[b], right, found[:, :, s : s + len(right)])
+        s += len(right)
     for kh in range(K):
         for i in range(group):
             row, position = found[kh, i, :end], q_pos[b, i * T // group]
@@ -583,10 +600,10 @@ def _few_softmax(tops, totals, lse):
 
 @jit(fastmath=FMA)
 def _few_sums(v, scores, factors, seen, item, room, probs, sums):
-    """One block: sums[i] = Σ_s probability[i, s] · v[s]."""
+    """One block: sums[i] = Σ_s probability[i, s] · v[s]; `scores` become probabilities."""
     K, group = factors.shape[2:]
-    b, block, values = _few_block(v, seen, item, sums.shape[1])
-    found, end = sums[b, block], _whole(len(values))
+    b, block, start, stop = _few_block(seen, item, sums.shape[1])
+    values, found, end = v[b, start:stop], sums[b, block], _whole(stop - start)
     if end == 0:
         found[:] = 0
     for kh in range(K):
@@ -597,9 +614,9 @@ def _few_sums(v, scores, factors, seen, item, room, probs, sums):
             _left_factors(row, holds_bfloat16(v), probs[kh, i])
     s, each = 0, 2 if holds_pairs(v) else 1
     while s < end:
-        lines = _lines(values[s:], room)
-        stream(probs[:, :, s // each : (s + len(lines)) // each], lines, found, s == 0)
-        s += len(lines)
+        right = _right_factors(values[s:], room)
+        stream(probs[:, :, s // each : (s + len(right)) // each], right, found, s == 0)
+        s += len(right)
 
 
 @jit()
@@ -609,21 +626,22 @@ def _whole(number):
 
 
 @jit()
-def _lines(x, room):
-    """The first of some keys or values (S', K, C) as right factors of tiles: whole LEASTs, and columns, of `room`.
+def _right_factors(x, room):
+    """The first of some keys or values (S', K, C) as tiles take them: whole LEASTs of them, and as wide as `room`.
 
-    Where they are that already, they are used where they lie; else copied into `room`, zeros after them.
+    Where they are that already, they are used where they lie; else copied into `room`, zeros after them. It holds how
+    many are taken at once.
     """
     number, columns = min(len(x), len(room)), x.shape[2]
     if columns == room.shape[2] and number >= LEAST:
         return x[: number // LEAST * LEAST]
-    lines = room[: _whole(number)]
+    copied = room[: _whole(number)]
     for s in range(number):
         for kh in range(x.shape[1]):
-            copy(x[s, kh], lines[s, kh, :columns])
-            lines[s, kh, columns:] = 0
-    lines[number:] = 0
-    return lines
+            copy(x[s, kh], copied[s, kh, :columns])
+            copied[s, kh, columns:] = 0
+    copied[number:] = 0
+    return copied
 
 
 @jit()
