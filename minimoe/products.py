@@ -26,7 +26,7 @@ from minimoe.loops import address, at_address, bytes_of, copy, holds_pairs, jit,
 from minimoe.quantized import Int8
 from minimoe.shapes import Array
 from minimoe.stages import NONE, PIECES, SMALL, new_stages, share, take, threads_if, together
-from minimoe.tiles import FEWER, LINE, MULTIPLIES_PAIRS, PAIR, ROWS, multiply_line, turn
+from minimoe.tiles import FEWER, LINE, LINES, MULTIPLIES_PAIRS, PAIR, ROWS, multiply_lines, turn
 
 GRAIN = 1 << 21  # multiplications worth a block, or a thread, of their own: some 40 µs
 LEAST_ROWS, LEAST_COLUMNS = 192, 64  # of a block: each one copies `right` or `left` for itself
@@ -205,7 +205,7 @@ def _stage(factors, blocks, stored, kind, dtype, stage):
     lefts = np.empty(HEIGHT * (longest + 16), kind)
     lanes = LINE // lefts.itemsize
     rights, lines = np.empty((WIDTH // lanes, longest, lanes), kind), np.empty((lanes, longest), kind)
-    sums = np.empty((HEIGHT, lanes), dtype)
+    sums = np.empty((HEIGHT, LINES * lanes), dtype)
     block = take(stage, len(blocks))
     while block != NONE:
         _fill_block(factors, blocks[block], stored, lefts, rights, lines, sums)
@@ -217,7 +217,7 @@ def _fill_block(factors, block, stored, lefts, rights, lines, sums):
     """The loops around the tiles; what a tile cannot write to its place goes through `sums`."""
     first, end, top, bottom, start, stop = block[0], block[1], block[2], block[3], block[4], block[5]
     out, row_step = block[6], block[7]
-    lanes, nothing = sums.shape[1], np.int64(0)
+    lanes, nothing, line = rights.shape[2], np.int64(0), np.int64(LINE)
     left, edge = np.int64(lefts.ctypes.data), np.int64(sums.ctypes.data)
     for n in range(start, stop, WIDTH):
         width = min(WIDTH, stop - n)
@@ -229,15 +229,16 @@ def _fill_block(factors, block, stored, lefts, rights, lines, sums):
                 for m in range(top, bottom, HEIGHT):
                     height = min(HEIGHT, bottom - m)
                     left_row, left_k = _load_left(factors[p], k, length, m, height, lefts)
-                    for panel in range(len(panels)):
-                        columns = min(lanes, width - panel * lanes)
+                    for panel in range(0, len(panels), LINES):
+                        side = min(np.int64(LINES), len(panels) - panel)
+                        columns = min(side * lanes, width - panel * lanes)
                         place = out + m * row_step + (n + panel * lanes) * sums.itemsize
-                        whole = columns == lanes and height % FEWER == 0
-                        multiply_line(
+                        whole = columns == side * lanes and height % FEWER == 0
+                        multiply_lines(
                             left, left_row, left_k, -(-height // FEWER) * FEWER,
-                            panels[panel].ctypes.data, LINE, length,
-                            place if whole else edge, row_step if whole else LINE, begin or not whole, panels.dtype,
-                            nothing, nothing, nothing,
+                            panels[panel].ctypes.data, line, panels.strides[0], length,
+                            place if whole else edge, row_step if whole else sums.strides[0], line, side,
+                            begin or not whole, panels.dtype, nothing, nothing, nothing,
                         )  # fmt: skip
                         if not whole:
                             _store(sums[:height, :columns], begin, place, row_step)

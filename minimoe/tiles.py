@@ -42,7 +42,7 @@ from minimoe.loops import holds_bfloat16, holds_pairs, jit
 # What Numba compiles for: the processor it runs on, unless $NUMBA_CPU_FEATURES says otherwise.
 _FEATURES = (get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES).split(",")
 LINE = 64  # bytes
-ROWS = 12 if "+avx512f" in _FEATURES else 6
+ROWS, LINES = (12, 2) if "+avx512f" in _FEATURES else (6, 1)  # of a large tile
 FEWER = 4  # rows of a smaller tile, for what is left at an edge: with less, multipliers would mostly wait for sums
 REGISTER = LINE if "+avx512f" in _FEATURES else LINE // 2  # bytes
 WIDE = 2 if "+avx512f" in _FEATURES else 1  # lines of a tile of FEWER rows: 8 registers of sums
@@ -55,9 +55,9 @@ MULTIPLIES_PAIRS = "+avx512bf16" in _FEATURES  # whether there may be factors of
 def _tile(rows: int, lines: int = 1, streams: bool = False) -> Any:
     """Make a tile of so many rows, and so many lines side by side, for jitted code.
 
-    Its arguments: the address of `left`, and bytes from row to row and from k to k; that of `right`, and bytes from one
-    k to the next; the number of k's; the address of `out`, and bytes from row to row; whether the sums replace what is
-    there, or are added to it; the type of the factors, float32, float64 or PAIR.
+    Its arguments: the address of `left`, and bytes from row to row and from k to k; that of `right`, and bytes from k
+    to k and from line to line; the number of k's; the address of `out`, and bytes from row to row and from line to
+    line; whether the sums replace what is there, or are added to it; the type of the factors, float32, float64 or PAIR.
 
     If it `streams`, what lies AHEAD rows on in `right` is asked for, and `right` may be bfloat16 as it is stored. The
     type is uint16 where `left` is float32: a line is widened as it is read. It is PAIR where `left` has pairs for two
@@ -66,18 +66,19 @@ def _tile(rows: int, lines: int = 1, streams: bool = False) -> Any:
     """
 
     @intrinsic
-    def tile(typingctx, left, left_row, left_k, right, right_k, K, out, out_row, begin, dtype):
+    def tile(typingctx, left, left_row, left_k, right, right_k, right_line, K, out, out_row, out_line, begin, dtype):
         def codegen(context, builder, signature, args):
-            left, left_row, left_k, right, right_k, K, out, out_row, begin, _ = args
+            left, left_row, left_k, right, right_k, right_line, K, out, out_row, out_line, begin, _ = args
             line, stored = _line(context, dtype.dtype, LINE)
             align = _size(line)
             sums, multiply_add = _multiply_add(builder, line)
             columns, step = (max(2, lines), 2) if streams and sums != line else (lines, 1)
 
             def read(base, row, column):
+                place = _place(builder, base, column, right_line)
                 if streams:
-                    _ask(builder, _pointer(builder, base, row + AHEAD, right_k, stored, column))
-                return _read(builder, _pointer(builder, base, row, right_k, stored, column), stored, line)
+                    _ask(builder, _pointer(builder, place, row + AHEAD, right_k, stored))
+                return _read(builder, _pointer(builder, place, row, right_k, stored), stored, line)
 
             places = [(row, column) for row in range(rows) for column in range(columns)]
             total = {
@@ -96,7 +97,10 @@ def _tile(rows: int, lines: int = 1, streams: bool = False) -> Any:
                         builder.store(multiply_add(same, vector, builder.load(one_sum)), one_sum)
                 builder.store(builder.add(here, left_k), x)
                 builder.store(_place(builder, there, step, right_k), y)
-            targets = {place: _pointer(builder, out, place[0], out_row, sums, place[1]) for place in places}
+            targets = {
+                (row, column): _pointer(builder, _place(builder, out, column, out_line), row, out_row, sums)
+                for row, column in places
+            }
             with builder.if_else(cgutils.as_bool_bit(builder, begin)) as (replace, add):
                 with replace:
                     for place, target in targets.items():
@@ -107,7 +111,7 @@ def _tile(rows: int, lines: int = 1, streams: bool = False) -> Any:
                         builder.store(value, target, align=align)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 8, types.boolean, dtype), codegen
+        return types.void(*[types.intp] * 10, types.boolean, dtype), codegen
 
     return tile
 
@@ -191,10 +195,9 @@ def _place(builder: Any, base: Any, row: int, step: Any) -> Any:
     return builder.add(base, builder.mul(step, ir.Constant(step.type, row)))
 
 
-def _pointer(builder: Any, base: Any, row: int, step: Any, kind: Any, i: int = 0) -> Any:
-    """Point to what lies in a row, so many steps after `base`: the i-th of its kind."""
-    pointer = builder.inttoptr(_place(builder, base, row, step), kind.as_pointer())
-    return builder.gep(pointer, [ir.Constant(ir.IntType(32), i)])
+def _pointer(builder: Any, base: Any, row: int, step: Any, kind: Any) -> Any:
+    """Point to what lies where a row begins."""
+    return builder.inttoptr(_place(builder, base, row, step), kind.as_pointer())
 
 
 def _everywhere(builder: Any, number: Any, line: Any) -> Any:
@@ -262,7 +265,8 @@ class _Bfloat16(ir.Type):  # type: ignore[misc]
         return hash(_Bfloat16)
 
 
-_large, _small, _single = _tile(ROWS), _tile(FEWER), _tile(1)
+_large, _small, _single = _tile(ROWS, LINES), _tile(FEWER, LINES), _tile(1, LINES)
+_large_line, _small_line, _single_line = _tile(ROWS), _tile(FEWER), _tile(1)
 _wide, _slim, _wide_single, _slim_single = (
     _tile(rows, lines, True) for rows, lines in ((FEWER, WIDE), (FEWER, 1), (1, WIDE_SINGLE), (1, 1))
 )
@@ -277,41 +281,49 @@ def multiply(left, right, out, begin):
     type, float32 or float64, or the factors of type PAIR and out float32. Every sum is taken in ascending order of k,
     whatever M and N are.
     """
-    multiply_ahead(left, right, out, begin, np.int64(0), np.int64(0), np.int64(0))
-
-
-@jit()
-def multiply_ahead(left, right, out, begin, ahead, ahead_row, lines):
-    """`multiply`, and with each large tile ask for `lines` of memory: those at `ahead`, then `ahead_row` bytes on.
-
-    What is read next arrives while this is multiplied; a processor foresees by itself only what lies one after another.
-    """
-    x, x_row, x_k = left.ctypes.data, left.strides[0], left.strides[1]
-    y, y_k, z, z_row = right.ctypes.data, right.strides[0], out.ctypes.data, out.strides[0]
+    line, width = np.int64(LINE), right.shape[1] * right.itemsize
     (M, K), begin = left.shape, bool(begin)
-    for n in range(0, right.shape[1] * right.itemsize, LINE):
-        multiply_line(x, x_row, x_k, M, y + n, y_k, K, z + n, z_row, begin, right.dtype, ahead, ahead_row, lines)
-        ahead += M // ROWS * ahead_row
+    for n in range(0, width, LINES * LINE):
+        lines = min(np.int64(LINES), (width - n) // LINE)
+        multiply_lines(
+            left.ctypes.data, left.strides[0], left.strides[1], M, right.ctypes.data + n, right.strides[0], line, K,
+            out.ctypes.data + n, out.strides[0], line, lines, begin, right.dtype, np.int64(0), np.int64(0), np.int64(0),
+        )  # fmt: skip
 
 
 @jit()
-def multiply_line(x, x_row, x_k, M, y, y_k, K, z, z_row, begin, dtype, ahead, ahead_row, lines):
-    """`multiply_ahead` with one line of columns, of what lies at addresses: compiled once for a type of factors.
+def multiply_lines(x, x_row, x_k, M, y, y_k, y_line, K, z, z_row, z_line, lines, begin, dtype, ahead, ahead_row, asked):
+    """`multiply` with up to LINES lines of columns, of what lies at addresses: compiled once for a type of factors.
 
-    The arguments are those of a tile, and the number M of rows.
+    The arguments are those of a tile, and the numbers of rows, M, and of lines. With each large tile it asks for as
+    many rows of memory as there are lines, `asked` bytes of each, from `ahead` on, `ahead_row` bytes apart. What is
+    read next arrives while this is multiplied; a processor foresees by itself only what lies one after another.
     """
-    m = 0
+    whole, m = lines == LINES, 0
     while m + ROWS <= M:
-        for i in range(lines):
-            _ask_for(ahead + i * LINE)
-        ahead += ahead_row
-        _large(x + m * x_row, x_row, x_k, y, y_k, K, z + m * z_row, z_row, begin, dtype)
+        for _ in range(lines):
+            for i in range(0, asked, LINE):
+                _ask_for(ahead + i)
+            ahead += ahead_row
+        here, place = x + m * x_row, z + m * z_row
+        if whole:
+            _large(here, x_row, x_k, y, y_k, y_line, K, place, z_row, z_line, begin, dtype)
+        else:
+            _large_line(here, x_row, x_k, y, y_k, y_line, K, place, z_row, z_line, begin, dtype)
         m += ROWS
     while m + FEWER <= M:
-        _small(x + m * x_row, x_row, x_k, y, y_k, K, z + m * z_row, z_row, begin, dtype)
+        here, place = x + m * x_row, z + m * z_row
+        if whole:
+            _small(here, x_row, x_k, y, y_k, y_line, K, place, z_row, z_line, begin, dtype)
+        else:
+            _small_line(here, x_row, x_k, y, y_k, y_line, K, place, z_row, z_line, begin, dtype)
         m += FEWER
     while m < M:
-        _single(x + m * x_row, x_row, x_k, y, y_k, K, z + m * z_row, z_row, begin, dtype)
+        here, place = x + m * x_row, z + m * z_row
+        if whole:
+            _single(here, x_row, x_k, y, y_k, y_line, K, place, z_row, z_line, begin, dtype)
+        else:
+            _single_line(here, x_row, x_k, y, y_k, y_line, K, place, z_row, z_line, begin, dtype)
         m += 1
 
 
@@ -329,6 +341,7 @@ def stream(left, right, out, begin):
     z, z_head, z_row = out.ctypes.data, out.strides[0], out.strides[1]
     (H, M, K), width, begin = left.shape, out.shape[2] * out.itemsize, bool(begin)
     ratio = 2 if holds_pairs(right) or holds_bfloat16(right) else 1  # bytes of out for each byte of right
+    line, y_line = np.int64(LINE), np.int64(LINE // 2 if holds_bfloat16(right) else LINE)
     least, most = LINE * (2 if holds_pairs(right) else 1), LINE * (WIDE if M > 1 else WIDE_SINGLE)
     for h in range(H):
         for m in range(0, M, FEWER):
@@ -336,13 +349,13 @@ def stream(left, right, out, begin):
             while n < width:
                 there, wide = y + h * y_head + n // ratio, n + most <= width
                 if wide and M > 1:
-                    _wide(here, x_row, x_k, there, y_k, K, place + n, z_row, begin, right.dtype)
+                    _wide(here, x_row, x_k, there, y_k, y_line, K, place + n, z_row, line, begin, right.dtype)
                 elif wide:
-                    _wide_single(here, x_row, x_k, there, y_k, K, place + n, z_row, begin, right.dtype)
+                    _wide_single(here, x_row, x_k, there, y_k, y_line, K, place + n, z_row, line, begin, right.dtype)
                 elif M > 1:
-                    _slim(here, x_row, x_k, there, y_k, K, place + n, z_row, begin, right.dtype)
+                    _slim(here, x_row, x_k, there, y_k, y_line, K, place + n, z_row, line, begin, right.dtype)
                 else:
-                    _slim_single(here, x_row, x_k, there, y_k, K, place + n, z_row, begin, right.dtype)
+                    _slim_single(here, x_row, x_k, there, y_k, y_line, K, place + n, z_row, line, begin, right.dtype)
                 n += most if wide else least
 
 

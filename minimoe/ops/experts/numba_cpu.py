@@ -52,7 +52,7 @@ from minimoe.products import Product, compute, operand
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 from minimoe.stages import NONE, SMALL, begin, go_on, new_stages, pieces_for, share, threads_if, together
-from minimoe.tiles import LINE, MULTIPLIES_PAIRS, PAIR, multiply_ahead, turn
+from minimoe.tiles import LINE, LINES, MULTIPLIES_PAIRS, PAIR, multiply_lines, turn
 from minimoe.tiles import ROWS as TILE_ROWS
 
 FEW_ROWS = 24  # tokens of each expert up to which reading its weights once, row by row, is faster than tiles
@@ -422,13 +422,17 @@ def _product(place, scale, rows, start, xs, dtype, after, wide, out):
             elif group == groups - 1:
                 ahead = after
             for i in range(0, length, DEPTH):
-                left = wide[:height, i : min(i + DEPTH, length)]
-                for panel in range(first, end):
-                    right = xs[panel, k + i : k + i + left.shape[1]]
-                    asked = (panel - first) * tiles  # each large tile asks for a part of one row, from this one on
-                    lines = DEPTH * w.itemsize // LINE if asked < height else 0
-                    where = ahead + asked * row_bytes + i * w.itemsize
-                    multiply_ahead(left, right, out[panel], k + i == 0, where, row_bytes, lines)
+                left, depth = wide[:height, i:], min(DEPTH, length - i)
+                for panel in range(first, end, LINES):
+                    right, target = xs[panel, k + i :], out[panel]
+                    row = (panel - first) * tiles  # each large tile asks for a part of as many rows as it has lines
+                    multiply_lines(
+                        left.ctypes.data, left.strides[0], left.strides[1], height,
+                        right.ctypes.data, right.strides[0], xs.strides[0], depth,
+                        target.ctypes.data, target.strides[0], out.strides[0], min(np.int64(LINES), end - panel),
+                        k + i == 0, right.dtype,
+                        ahead + row * row_bytes + i * w.itemsize, row_bytes, depth * w.itemsize if row < height else 0,
+                    )  # fmt: skip
     if scale != 0:
         factors = at_address(scale, (rows,), np.float32)
         for panel in range(P):
