@@ -47,6 +47,12 @@ def bits(folder: Path) -> dict[str, bytes]:
     return {name: t.tobytes() for name, t in checkpoint.load_tensors(folder / "state" / "state.safetensors").items()}
 
 
+def differing(one: Path, other: Path) -> list[str]:
+    """Names of the tensors in which two runs' states differ."""
+    a, b = bits(one), bits(other)
+    return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, files: list[str]) -> Path:
     """A run that nothing interrupted."""
@@ -88,8 +94,7 @@ def test_interrupted_and_resumed_gives_the_same_bits(
     assert not (tmp_path / "run" / "model").exists()
     monkeypatch.setattr(command, "train_step", step)
     assert train(tmp_path / "run", files, "--resume") == 0
-    resumed, uninterrupted = bits(tmp_path / "run"), bits(whole)
-    assert [name for name in uninterrupted if resumed[name] != uninterrupted[name]] == []
+    assert differing(tmp_path / "run", whole) == []
     saved = [(folder / "model" / "model.safetensors").read_bytes() for folder in (whole, tmp_path / "run")]
     assert saved[0] == saved[1]
 
@@ -114,9 +119,7 @@ def test_killed_without_warning_resumes_from_the_last_checkpoint(whole: Path, fi
     assert (out / "state" / "state.safetensors").exists()
     for command_line in (run(out, "--save-every", "1", "--resume"), run(other)):
         subprocess.run(command_line, stdout=subprocess.DEVNULL, check=True)
-    resumed, uninterrupted = bits(out), bits(other)
-    assert resumed.keys() == uninterrupted.keys()
-    assert [name for name in resumed if resumed[name] != uninterrupted[name]] == []
+    assert differing(out, other) == []
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(whole: Path, files: list[str]) -> None:
