@@ -24,6 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from minimoe.arrays import is_bfloat16
+from minimoe.compiling import OwnCopies
 from minimoe.shapes import Array
 
 # Threads of GNU OpenMP spin for milliseconds after a parallel loop, in case another follows, and so take a core from
@@ -40,10 +41,12 @@ FMA = FAST - {"reassoc"}  # for elementwise loops, which need no other order of 
 # inlining would infer its types anew in each caller, which took longer than all else in compiling some of them.
 INLINED = {"forceinline": True, "error_model": "numpy", "fastmath": False}  # unsaid, it is what the first caller has
 
+COMPILED = {"cache": True, "error_model": "numpy", "pipeline_class": OwnCopies}
+
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 
 # What has jitted code besides the rooms.
-JITTED = ("loops.py", "stages.py", "tiles.py", "products.py", "compiled_step.py")
+JITTED = ("compiling.py", "loops.py", "stages.py", "tiles.py", "products.py", "compiled_step.py")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -81,7 +84,7 @@ def jit(**options: Any) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         with _cached_in_folder():
-            return numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
+            return numba.njit(nogil=True, **COMPILED, **options)(function)
 
     return decorate
 
@@ -94,7 +97,7 @@ def by_address(signature: Any) -> Callable[[F], Any]:
 
     def decorate(function: F) -> Any:
         with _cached_in_folder():
-            return numba.cfunc(signature, cache=True, error_model="numpy")(function)
+            return numba.cfunc(signature, **COMPILED)(function)
 
     return decorate
 
