@@ -46,7 +46,7 @@ COMPILED = {"cache": True, "error_model": "numpy", "pipeline_class": OwnCopies}
 FEW_PRODUCTS = 300_000  # below, one core is done before others have woken up
 
 # What has jitted code besides the rooms.
-JITTED = ("compiling.py", "loops.py", "stages.py", "tiles.py", "products.py", "compiled_step.py")
+JITTED = ("compiling.py", "loops.py", "stages.py", "tiles.py", "few_rows.py", "products.py", "compiled_step.py")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -325,84 +325,6 @@ def copy(source, target):
     """Copy a row: target[:] = source, for which Numba compiles a check of shapes, and its message takes seconds."""
     for i in range(len(target)):
         target[i] = source[i]
-
-
-@jit(fastmath=FAST)
-def dots(x, w, scale, start, stop, out):
-    """out[n, row] = x[n] · w[row] for the rows start .. stop - 1: a matrix product for a few rows of x.
-
-    `scale` is the address of the rows' float32 scales (int8), or 0. The rows are read in long streams, each a half or a
-    quarter of them, as a processor recognises where a long stream goes. Rows that are neighbours are streams within a
-    few KiB, a pattern that it does not: int8 rows of 1,024 were read at half the speed. With one row of x, where to
-    read is all that takes time, two streams took 5 to 17% less than four. Of several rows of x two are taken at a time,
-    with four rows of weights, each of which is widened once for both.
-    """
-    N = x.shape[0]
-    quarter = (stop - start) // 4
-    half = 2 * quarter
-    zero = x.dtype.type(0)
-    for row in range(start, start + half if N == 1 else start):
-        other = row + half
-        y0 = y1 = zero
-        for i in range(x.shape[1]):
-            y0 += widen(w[row, i]) * x[0, i]
-            y1 += widen(w[other, i]) * x[0, i]
-        out[0, row], out[0, other] = y0, y1
-    for row in range(start, start if N == 1 else start + quarter):
-        row1, row2, row3 = row + quarter, row + 2 * quarter, row + 3 * quarter
-        for n in range(0, N - 1, 2):
-            y0 = y1 = y2 = y3 = z0 = z1 = z2 = z3 = zero
-            for i in range(x.shape[1]):
-                w0, w1, w2, w3 = widen(w[row, i]), widen(w[row1, i]), widen(w[row2, i]), widen(w[row3, i])
-                xy, xz = x[n, i], x[n + 1, i]
-                y0 += w0 * xy
-                y1 += w1 * xy
-                y2 += w2 * xy
-                y3 += w3 * xy
-                z0 += w0 * xz
-                z1 += w1 * xz
-                z2 += w2 * xz
-                z3 += w3 * xz
-            out[n, row], out[n, row1], out[n, row2], out[n, row3] = y0, y1, y2, y3
-            out[n + 1, row], out[n + 1, row1], out[n + 1, row2], out[n + 1, row3] = z0, z1, z2, z3
-        if N % 2:
-            n = N - 1
-            y0 = y1 = y2 = y3 = zero
-            for i in range(x.shape[1]):
-                y0 += widen(w[row, i]) * x[n, i]
-                y1 += widen(w[row1, i]) * x[n, i]
-                y2 += widen(w[row2, i]) * x[n, i]
-                y3 += widen(w[row3, i]) * x[n, i]
-            out[n, row], out[n, row1], out[n, row2], out[n, row3] = y0, y1, y2, y3
-    for row in range(start + 4 * quarter, stop):
-        for n in range(N):
-            y0 = zero
-            for i in range(x.shape[1]):
-                y0 += widen(w[row, i]) * x[n, i]
-            out[n, row] = y0
-    if scale != 0:
-        factors = at_address(scale, w.shape[0], np.float32)
-        for n in range(N):
-            for row in range(start, stop):
-                out[n, row] *= factors[row]
-
-
-@jit(inline="always")
-def quads(rows):
-    """How many fours the rows are, the last perhaps not whole: `dots` reads by fours, work is cut between them."""
-    return (rows + 3) // 4
-
-
-@jit(inline="always")
-def part_of(rows, before, total, piece, pieces):
-    """Which rows of a weight, first and end, belong to a piece of the work.
-
-    There are `total` fours of rows, `before` of them in weights before this one, all cut into equal pieces. A piece is
-    a long stream for `dots`: in blocks of 32 rows, int8 rows of 1,024 were read 20% slower. It begins and ends between
-    fours, so a row is added up in the same way however many pieces there are.
-    """
-    first, end = total * piece // pieces - before, total * (piece + 1) // pieces - before
-    return min(max(4 * first, 0), rows), min(max(4 * end, 0), rows)
 
 
 def keep_freed_memory() -> bool:

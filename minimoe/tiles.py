@@ -50,6 +50,7 @@ REGISTER = LINE if "+avx512f" in _FEATURES else LINE // 2  # bytes
 WIDE = 2 if "+avx512f" in _FEATURES else 1  # lines of a tile of FEWER rows: 8 registers of sums
 WIDE_SINGLE = 4  # lines of a tile of one row
 AHEAD = 16  # rows: no fewer than are read of one head before the next head's turn; up to 64 were as fast
+FAR = 1 << 17  # bytes: no further ahead than this, as what is asked for must stay in a cache until it is used
 PAIR = np.dtype(np.uint32)  # two bfloat16, the first in the lower half
 MULTIPLIES_PAIRS = "+avx512bf16" in _FEATURES  # whether there may be factors of that type
 
@@ -122,16 +123,17 @@ def _dots(rows: int) -> Any:
     """Make a tile where rows of `right` are columns: out[row, column] = Σ_k left[row, k] · right[column, k].
 
     Its arguments: the address of `left`, and bytes from row to row; the same of `right`; the number of registers that a
-    row fills; the address of `out`, and bytes from row to row; the type of `right`, as of a tile that streams.
+    row fills; the address of `out`, and bytes from row to row; how many bytes further on to ask for what comes next;
+    the type of `right`, as of a tile that streams, or int8, which becomes float32 as it is read.
 
     Each row and column has a sum in every lane of a register. The lanes are added up for all of them together, in
     rounds of `_exchanged`: half as many registers are left after each, and at last one, with a sum in each lane.
     """
 
     @intrinsic
-    def dots(typingctx, left, left_row, right, right_row, K, out, out_row, dtype):
+    def dots(typingctx, left, left_row, right, right_row, K, out, out_row, ahead, dtype):
         def codegen(context, builder, signature, args):
-            left, left_row, right, right_row, K, out, out_row, _ = args
+            left, left_row, right, right_row, K, out, out_row, ahead, _ = args
             line, stored = _line(context, dtype.dtype, REGISTER)
             align = _size(line)
             sums, multiply_add = _multiply_add(builder, line)
@@ -142,7 +144,7 @@ def _dots(rows: int) -> Any:
                 here, there = builder.load(x), builder.load(y)
                 lefts = [builder.load(_pointer(builder, here, row, left_row, line), align=align) for row in range(rows)]
                 for column in range(columns):
-                    _ask(builder, _pointer(builder, there, column + AHEAD, right_row, stored))
+                    _ask(builder, _pointer(builder, builder.add(there, ahead), column, right_row, stored))
                     vector = _read(builder, _pointer(builder, there, column, right_row, stored), stored, line)
                     for row in range(rows):
                         one_sum = total[row * columns + column]
@@ -163,15 +165,15 @@ def _dots(rows: int) -> Any:
                 builder.store(part, _pointer(builder, out, row, out_row, part.type), align=align)
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 7, dtype), codegen
+        return types.void(*[types.intp] * 8, dtype), codegen
 
     return dots
 
 
 def _line(context: Any, kind: Any, size: int) -> tuple[Any, Any]:
-    """So many bytes of factors, and the same numbers as they are stored: half as many bytes of uint16, for float32."""
+    """So many bytes of factors, and the same numbers as they are stored: fewer bytes of uint16 or int8, for float32."""
     number = context.get_value_type(kind)
-    if kind == types.uint16:
+    if kind in (types.uint16, types.int8):
         return ir.VectorType(ir.FloatType(), size // 4), ir.VectorType(number, size // 4)
     line = ir.VectorType(number, 8 * size // kind.bitwidth)
     return line, line
@@ -179,16 +181,18 @@ def _line(context: Any, kind: Any, size: int) -> tuple[Any, Any]:
 
 def _size(line: Any) -> int:
     """The bytes of a number in a line."""
-    sizes = {ir.IntType(16): 2, ir.IntType(32): 4, ir.FloatType(): 4, ir.DoubleType(): 8}
+    sizes = {ir.IntType(8): 1, ir.IntType(16): 2, ir.IntType(32): 4, ir.FloatType(): 4, ir.DoubleType(): 8}
     return sizes[line.element]
 
 
 def _read(builder: Any, pointer: Any, stored: Any, line: Any) -> Any:
-    """Load a line of factors, widened if it is stored in bfloat16."""
+    """Load a line of factors, widened if it is stored in bfloat16 or int8."""
     found = builder.load(pointer, align=_size(stored))
     if stored == line:
         return found
     bits = ir.VectorType(ir.IntType(32), line.count)
+    if stored.element == ir.IntType(8):
+        return builder.sitofp(builder.sext(found, bits), line)
     return builder.bitcast(builder.shl(builder.zext(found, bits), ir.Constant(bits, [16] * line.count)), line)
 
 
@@ -272,7 +276,7 @@ _large_line, _small_line, _single_line = _tile(ROWS), _tile(FEWER), _tile(1)
 _wide, _slim, _wide_single, _slim_single = (
     _tile(rows, lines, True) for rows, lines in ((FEWER, WIDE), (FEWER, 1), (1, WIDE_SINGLE), (1, 1))
 )
-_dots_few, _dots_single = _dots(FEWER), _dots(1)
+_dots_few, _dots_two, _dots_single = _dots(FEWER), _dots(2), _dots(1)
 
 
 @jit()
@@ -365,23 +369,29 @@ def stream(left, right, out, begin):
 def stream_turned(left, right, out):
     """out[h] = left[h] · right[:, h]ᵀ for every h. `right` is read from memory once.
 
-    left (H, M, K), M being 1 or whole FEWERs; right (N, H, K), N being whole FEWERs; numbers of a row side by side and
-    in whole lines; out (H, M, N). Types as of `stream`, where pairs of left too are of neighbours in a row.
+    left (H, M, K) and right (N, H, K), N being whole FEWERs, with numbers of a row side by side and in whole registers;
+    out (H, M, N). Types as of `stream`, where pairs of left too are of neighbours in a row; and right of int8 with left
+    of float32. A sum has the same bits wherever it stands, beside any other sums, but not where M is 1.
     """
     x, x_head, x_row = left.ctypes.data, left.strides[0], left.strides[1]
     y, y_row, y_head = right.ctypes.data, right.strides[0], right.strides[1]
     z, z_head, z_row, size = out.ctypes.data, out.strides[0], out.strides[1], left.itemsize
     (H, M, _), registers = left.shape, left.shape[2] * size // REGISTER
+    ahead = y_row * max(FEWER, min(AHEAD, FAR // max(y_row, 1)))
     columns = FEWER if M == 1 else REGISTER // size // FEWER
+    height = FEWER if M >= FEWER else 2 if M > 1 else 1
     for n in range(0, right.shape[0], columns):
         for h in range(H):
             there = y + n * y_row + h * y_head
-            for m in range(0, M, FEWER):
-                here, place = x + h * x_head + m * x_row, z + h * z_head + m * z_row + n * size
-                if M > 1:
-                    _dots_few(here, x_row, there, y_row, registers, place, z_row, right.dtype)
+            for m in range(0, M, height):
+                row = min(m, M - height)  # the last tile may do some rows again
+                here, place = x + h * x_head + row * x_row, z + h * z_head + row * z_row + n * size
+                if height == FEWER:
+                    _dots_few(here, x_row, there, y_row, registers, place, z_row, ahead, right.dtype)
+                elif height == 2:
+                    _dots_two(here, x_row, there, y_row, registers, place, z_row, ahead, right.dtype)
                 else:
-                    _dots_single(here, x_row, there, y_row, registers, place, z_row, right.dtype)
+                    _dots_single(here, x_row, there, y_row, registers, place, z_row, ahead, right.dtype)
 
 
 @intrinsic

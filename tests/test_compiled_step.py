@@ -216,7 +216,10 @@ def test_what_it_does_not_cover_is_done_op_by_op(change, ops):
     assert compiled_step.prepared(other, config, params, mixtral.new_cache(other, config, params, 1, 8)) is None
 
 
-@pytest.mark.parametrize(("B", "heads", "fits"), [(16, 8, True), (17, 8, False), (1, 32, True), (1, 33, False)])
+@pytest.mark.parametrize(
+    ("B", "heads", "fits"),
+    [(compiled_step.MOST_TOKENS, 8, True), (compiled_step.MOST_TOKENS + 1, 8, False), (1, 32, True), (1, 33, False)],
+)
 def test_sizes_of_which_the_loops_are_not_made_are_done_op_by_op(B, heads, fits, ops):
     config = small.SPARSE.replace(num_heads=heads, num_kv_heads=1)
     params = random(config, 0)

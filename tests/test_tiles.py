@@ -71,24 +71,22 @@ def test_what_is_not_a_number_stays_in_its_own_sums():
 
 # --- few rows, with what is stored anywhere --------------------------------------------------------------------------
 
-STORED = pytest.mark.parametrize(
-    "stored",
-    [
-        np.float32,
-        np.float64,
-        np.uint16,
-        pytest.param(
-            PAIR, marks=pytest.mark.skipif(not MULTIPLIES_PAIRS, reason="this processor does not multiply pairs")
-        ),
-    ],
-    ids=lambda kind: np.dtype(kind).name,
-)
+KINDS = [
+    np.float32,
+    np.float64,
+    np.uint16,
+    pytest.param(PAIR, marks=pytest.mark.skipif(not MULTIPLIES_PAIRS, reason="this processor does not multiply pairs")),
+]
+STORED = pytest.mark.parametrize("stored", KINDS, ids=lambda kind: np.dtype(kind).name)
+STORED_IN_ROWS = pytest.mark.parametrize("stored", [*KINDS, np.int8], ids=lambda kind: np.dtype(kind).name)
 
 
 def draw_stored(stored, shape, seed):
     """Numbers of a type, as they are stored and as float64."""
     x = np.random.default_rng(seed).normal(size=shape)
-    if np.dtype(stored).kind == "f":
+    if stored == np.int8:
+        x = np.clip(50 * x, -127, 127).round()
+    if np.dtype(stored).kind == "f" or stored == np.int8:
         return x.astype(stored), x.astype(stored).astype(np.float64)
     x = x.astype(ml_dtypes.bfloat16)
     return x.view(stored), x.astype(np.float64)
@@ -101,7 +99,7 @@ def paired(x):
 
 def few_rows(stored, shape, seed):
     """Left factors for what is stored so, as tiles take them and as float64."""
-    kind = stored if np.dtype(stored).kind == "f" else ml_dtypes.bfloat16
+    kind = {np.float64: np.float64, np.float32: np.float32, np.int8: np.float32}.get(stored, ml_dtypes.bfloat16)
     x = np.random.default_rng(seed).normal(size=shape).astype(kind).astype(np.float64)
     if stored == PAIR:
         return paired(x), x
@@ -128,12 +126,12 @@ def test_a_stream_of_rows_touches_nothing_else(stored, M, H, K, lines):
         np.testing.assert_array_equal(whole, before)
 
 
-@STORED
-@pytest.mark.parametrize("M", [1, FEWER, 2 * FEWER])
+@STORED_IN_ROWS
+@pytest.mark.parametrize("M", [1, 2, 3, FEWER, FEWER + 1, 2 * FEWER, 2 * FEWER + 3])
 @pytest.mark.parametrize(("H", "N", "lines"), [(1, 4, 1), (3, 8, 2), (2, 12, 3)])
 def test_a_stream_of_columns_touches_nothing_else(stored, M, H, N, lines):
     number = np.float64 if stored == np.float64 else np.float32
-    K = lines * LINE // (np.dtype(stored).itemsize if stored != PAIR else 2)
+    K = lines * LINE // {np.float64: 8, np.float32: 4, np.int8: 4}.get(stored, 2)
     left, a = few_rows(stored, (H, M, K), [N, 1])
     right, b = draw_stored(stored, (N, H, K), [N, 2])
     before = np.random.default_rng(3).normal(size=(H, M + 2, N + 3)).astype(number)

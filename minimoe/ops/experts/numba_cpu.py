@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
+from minimoe.few_rows import dots, part_of, quads
 from minimoe.loops import (
     FAST,
     FEW_PRODUCTS,
@@ -35,13 +36,10 @@ from minimoe.loops import (
     at_address,
     bytes_of,
     copy,
-    dots,
     holds_bfloat16,
     holds_pairs,
     jit,
     pair,
-    part_of,
-    quads,
     rounded,
     sigmoid,
     storage,
@@ -55,7 +53,8 @@ from minimoe.stages import NONE, SMALL, begin, go_on, new_stages, pieces_for, sh
 from minimoe.tiles import LINE, LINES, MULTIPLIES_PAIRS, PAIR, multiply_lines, turn
 from minimoe.tiles import ROWS as TILE_ROWS
 
-FEW_ROWS = 24  # tokens of each expert up to which reading its weights once, row by row, is faster than tiles
+# Tokens of each expert up to which it is faster to multiply with its weights as they are read: with AVX-512, without.
+FEW_ROWS = 40 if LINES > 1 else 24
 FEW_STAGES = 2
 # Blocks of many tokens: rows of a weight, of which a stretch is widened at a time, and a part of that multiplied with
 # so many panels of tokens. What is read again stays in a core's own cache.

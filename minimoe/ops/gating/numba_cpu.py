@@ -10,12 +10,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import dots, exp, jit, weight_view
+from minimoe.few_rows import dots
+from minimoe.loops import exp, jit, weight_view
 from minimoe.products import Product, compute, multiply, operand
 from minimoe.shapes import Array
 from minimoe.stages import share, threads_if
 
-FEW_ROWS = 16  # tokens up to which `products` take longer to begin
+FEW_ROWS = 48  # tokens up to which `products` take longer, for 8 experts or 64
 MANY_TOKENS = 1024  # below, one core chooses before others have woken up
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.loops import FEW_PRODUCTS, address, at_address, dots, holds_bfloat16, jit, part_of, quads, storage
+from minimoe.few_rows import dots, part_of, quads
+from minimoe.loops import FEW_PRODUCTS, address, at_address, holds_bfloat16, jit, storage
 from minimoe.products import Product, compute, operand, round_in_place
 from minimoe.quantized import Int8, parts
 from minimoe.shapes import Array
 from minimoe.stages import NONE, begin, go_on, new_stages, pieces_for, together
 
-FEW_ROWS = 32  # tokens up to which `products`, where weights are first copied side by side, are slower
+FEW_ROWS = 48  # tokens up to which `products`, where weights are first copied side by side, are slower
 
 
 def forward(
