@@ -127,7 +127,7 @@ def _dots(rows: int) -> Any:
     the type of `right`, as of a tile that streams, or int8, which becomes float32 as it is read.
 
     Each row and column has a sum in every lane of a register. The lanes are added up for all of them together, in
-    rounds of `_exchanged`: half as many registers are left after each, and at last one, with a sum in each lane.
+    rounds of `_halved`: half as many registers are left after each, and at last one, with a sum in each lane.
     """
 
     @intrinsic
@@ -154,7 +154,7 @@ def _dots(rows: int) -> Any:
             parts, bit = [builder.load(one_sum) for one_sum in total], 1
             while bit < len(total):
                 for i in range(0, len(total), 2 * bit):
-                    parts[i] = builder.fadd(*_exchanged(builder, parts[i], parts[i | bit], bit))
+                    parts[i] = _halved(builder, parts[i], parts[i | bit], bit)
                 bit *= 2
             found = parts[0]
             while found.type.count > len(total):
@@ -226,13 +226,23 @@ def _lanes(builder: Any, vector: Any, start: int, number: int) -> Any:
 def _exchanged(builder: Any, a: Any, b: Any, bit: int) -> tuple[Any, Any]:
     """Two lines whose numbers differ in a bit, after it was exchanged with the same bit of lanes: see `_turn_square`.
 
-    For bit 1: a0 a1 a2 a3 and b0 b1 b2 b3 become a0 b0 a2 b2 and a1 b1 a3 b3. In their sum even lanes are of a, odd
-    ones of b.
+    For bit 1: a0 a1 a2 a3 and b0 b1 b2 b3 become a0 b0 a2 b2 and a1 b1 a3 b3.
     """
     count, lanes = a.type.count, range(a.type.count)
     first = [count + (j ^ bit) if j & bit else j for j in lanes]
     second = [count + j if j & bit else j | bit for j in lanes]
     return _picked(builder, a, b, first), _picked(builder, a, b, second)
+
+
+def _halved(builder: Any, a: Any, b: Any, bit: int) -> Any:
+    """Add up pairs of lanes that differ in a bit: for bit 1, a0 + a1, b0 + b1, a2 + a3, b2 + b3.
+
+    Of the two lines that are added one takes every lane from where it is, which costs a processor least.
+    """
+    count, lanes = a.type.count, range(a.type.count)
+    here = [count + j if j & bit else j for j in lanes]
+    there = [i ^ bit for i in here]
+    return builder.fadd(_picked(builder, a, b, here), _picked(builder, a, b, there))
 
 
 def _interleaved(builder: Any, a: Any, b: Any) -> list[Any]:
