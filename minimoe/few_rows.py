@@ -13,22 +13,25 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from minimoe.loops import FAST, at_address, jit, pair, widen
+from minimoe.loops import FAST, INLINED, at_address, jit, pair, widen
 from minimoe.tiles import FEWER, MULTIPLIES_PAIRS, PAIR, REGISTER, stream_turned
+
+_WIDENED = ((types.float32, types.uint16), (types.float32, types.int8))  # what tiles widen a weight to, and from
 
 
 @jit(fastmath=FAST)
-def dots(x, w, scale, start, stop, out):
+def dots(x, factors, w, scale, start, stop, out):
     """out[n, row] = x[n] · w[row] for the rows start .. stop - 1: a matrix product for a few rows of x.
 
-    `scale` is the address of the rows' float32 scales (int8), or 0. Where `w` is stored in bfloat16, x must have been
-    rounded to it. With one row of x two streams of rows took 5 to 17% less than four, and rows that are neighbours,
-    streams within a few KiB, twice as long.
+    x, w and out are C-contiguous; `factors` is what `factors_of` has made of x. `scale` is the address of the rows'
+    float32 scales (int8), or 0. Where `w` is stored in bfloat16, x must have been rounded to it, as pairs take only the
+    upper halves of its numbers. Of one row of x, two streams took 5 to 17% less than four; rows that are neighbours are
+    streams within a few KiB, and int8 rows of 1,024 were read at half the speed so.
     """
     N, first = x.shape[0], start
     zero = x.dtype.type(0)
     if N == 1:
-        half = (stop - start) // 4 * 2
+        half = (stop - start) // FEWER * (FEWER // 2)
         for row in range(start, start + half):
             other = row + half
             y0 = y1 = zero
@@ -37,8 +40,8 @@ def dots(x, w, scale, start, stop, out):
                 y1 += widen(w[other, i]) * x[0, i]
             out[0, row], out[0, other] = y0, y1
         first += 2 * half
-    elif N > 1:
-        first += _in_tiles(x, w, start, (stop - start) // FEWER * FEWER, out)
+    else:
+        first += in_tiles(factors, w, start, (stop - start) // FEWER * FEWER, out)
     for row in range(first, stop):
         for n in range(N):
             y0 = zero
@@ -46,52 +49,77 @@ def dots(x, w, scale, start, stop, out):
                 y0 += widen(w[row, i]) * x[n, i]
             out[n, row] = y0
     if scale != 0:
-        factors = at_address(scale, w.shape[0], np.float32)
+        numbers = at_address(scale, w.shape[0], np.float32)
         for n in range(N):
             for row in range(start, stop):
-                out[n, row] *= factors[row]
+                out[n, row] *= numbers[row]
 
 
-def _in_tiles(x: Any, w: Any, start: Any, rows: Any, out: Any) -> Any:
-    """`dots` of whole FEWERs of rows if tiles take these numbers; return how many rows are done, all or none."""
+def factors_of(x: Any, dtype: Any, several: Any) -> Any:
+    """What `dots` multiplies in tiles with weights stored so, inside jitted code: x, or its numbers in pairs.
+
+    It is made before a piece of work is begun (see `stages`), as it may need memory: pairs do if there are `several`
+    rows of x for a weight.
+    """
     raise NotImplementedError("for jitted code only")
 
 
-@overload(_in_tiles, jit_options={"error_model": "numpy", "fastmath": False})
-def _in_tiles_of(x, w, start, rows, out):
-    if w.dtype == types.uint16 and MULTIPLIES_PAIRS:
-        return _pairs_in_tiles
-    if w.dtype == x.dtype or (x.dtype == types.float32 and w.dtype in (types.uint16, types.int8)):
-        return _numbers_in_tiles
-    return lambda x, w, start, rows, out: 0
+@overload(factors_of, jit_options={"error_model": "numpy", "fastmath": False})
+def _factors_of(x, dtype, several):
+    if dtype.dtype == types.uint16 and x.dtype == types.float32 and MULTIPLIES_PAIRS:
+        return _in_pairs
+    return lambda x, dtype, several: x
 
 
-def _numbers_in_tiles(x, w, start, rows, out):
-    N, K = x.shape
-    if K == 0 or K * x.itemsize % REGISTER:
-        return 0
-    right = w[start : start + rows].reshape(rows, 1, K)
-    stream_turned(x.reshape(1, N, K), right, out.reshape(1, N, out.shape[1])[:, :, start : start + rows])
-    return rows
+def _in_pairs(x, dtype, several):
+    if not several or x.shape[1] * 2 % REGISTER:
+        return x.view(PAIR)[:0]
+    factors = np.empty((x.shape[0], x.shape[1] // 2), PAIR)
+    for n in range(x.shape[0]):
+        for i in range(factors.shape[1]):
+            factors[n, i] = pair(x[n, 2 * i], x[n, 2 * i + 1])
+    return factors
 
 
-def _pairs_in_tiles(x, w, start, rows, out):
-    N, K = x.shape[0], x.shape[1] // 2
-    if K == 0 or x.shape[1] % 2 or K * 4 % REGISTER:
-        return 0
-    left = np.empty((1, N, K), PAIR)
-    for n in range(N):
-        for i in range(K):
-            left[0, n, i] = pair(x[n, 2 * i], x[n, 2 * i + 1])
-    right = w[start : start + rows].view(PAIR).reshape(rows, 1, K)
-    stream_turned(left, right, out.reshape(1, N, out.shape[1])[:, :, start : start + rows])
-    return rows
+def in_tiles(factors: Any, w: Any, start: Any, rows: Any, out: Any) -> Any:
+    """`dots` of whole FEWERs of rows, if tiles take these numbers; return how many rows are done: all, or none."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(in_tiles, jit_options={"error_model": "numpy", "fastmath": False})
+def _in_tiles(factors, w, start, rows, out):
+    pairs = factors.dtype == types.uint32
+    if not pairs and w.dtype != factors.dtype and (factors.dtype, w.dtype) not in _WIDENED:
+        return lambda factors, w, start, rows, out: 0
+
+    def impl(factors, w, start, rows, out):
+        N, width = factors.shape
+        if N == 0 or width == 0 or width * factors.itemsize % REGISTER:
+            return 0
+        right = _as_factors(w[start : start + rows], factors).reshape(rows, 1, width)
+        places = out.reshape(1, N, out.shape[1])[:, :, start : start + rows]
+        stream_turned(factors.reshape(1, N, width), right, places)
+        return rows
+
+    return impl
+
+
+def _as_factors(w: Any, factors: Any) -> Any:
+    """View rows of a weight as tiles read them: pairs if the other factors are pairs."""
+    raise NotImplementedError("for jitted code only")
+
+
+@overload(_as_factors, jit_options=INLINED)
+def _viewed(w, factors):
+    if factors.dtype == types.uint32:
+        return lambda w, factors: w.view(PAIR)
+    return lambda w, factors: w
 
 
 @jit(inline="always")
 def quads(rows):
     """How many fours the rows are, the last perhaps not whole: work is cut between them."""
-    return (rows + 3) // 4
+    return (rows + FEWER - 1) // FEWER
 
 
 @jit(inline="always")
@@ -103,4 +131,4 @@ def part_of(rows, before, total, piece, pieces):
     fours, so a row is added up in the same way however many pieces there are.
     """
     first, end = total * piece // pieces - before, total * (piece + 1) // pieces - before
-    return min(max(4 * first, 0), rows), min(max(4 * end, 0), rows)
+    return min(max(FEWER * first, 0), rows), min(max(FEWER * end, 0), rows)

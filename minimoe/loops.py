@@ -82,6 +82,8 @@ def jit(**options: Any) -> Callable[[F], F]:
     large and called in one place only says `inline="always"`: then it is compiled there alone.
     """
 
+    options.setdefault("fastmath", False)  # unsaid, it is what the first caller has that is compiled
+
     def decorate(function: F) -> F:
         with _cached_in_folder():
             return numba.njit(nogil=True, **COMPILED, **options)(function)

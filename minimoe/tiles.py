@@ -50,7 +50,7 @@ REGISTER = LINE if "+avx512f" in _FEATURES else LINE // 2  # bytes
 WIDE = 2 if "+avx512f" in _FEATURES else 1  # lines of a tile of FEWER rows: 8 registers of sums
 WIDE_SINGLE = 4  # lines of a tile of one row
 AHEAD = 16  # rows: no fewer than are read of one head before the next head's turn; up to 64 were as fast
-FAR = 1 << 17  # bytes: no further ahead than this, as what is asked for must stay in a cache until it is used
+FAR = 1 << 17  # bytes: rather half as many rows ahead than more, as what is asked for must stay in a cache till then
 PAIR = np.dtype(np.uint32)  # two bfloat16, the first in the lower half
 MULTIPLIES_PAIRS = "+avx512bf16" in _FEATURES  # whether there may be factors of that type
 
@@ -137,7 +137,7 @@ def _dots(rows: int) -> Any:
             line, stored = _line(context, dtype.dtype, REGISTER)
             align = _size(line)
             sums, multiply_add = _multiply_add(builder, line)
-            columns = FEWER if rows == 1 else line.count // FEWER  # of several rows, as many sums as lanes
+            columns = FEWER if rows == 1 else line.count // FEWER  # of four rows, as many sums as lanes
             total = [cgutils.alloca_once_value(builder, ir.Constant(sums, None)) for _ in range(rows * columns)]
             x, y = cgutils.alloca_once_value(builder, left), cgutils.alloca_once_value(builder, right)
             with cgutils.for_range(builder, K):
@@ -387,7 +387,7 @@ def stream_turned(left, right, out):
     y, y_row, y_head = right.ctypes.data, right.strides[0], right.strides[1]
     z, z_head, z_row, size = out.ctypes.data, out.strides[0], out.strides[1], left.itemsize
     (H, M, _), registers = left.shape, left.shape[2] * size // REGISTER
-    ahead = y_row * max(FEWER, min(AHEAD, FAR // max(y_row, 1)))
+    ahead = y_row * max(AHEAD // 2, min(AHEAD, FAR // max(y_row, 1)))
     columns = FEWER if M == 1 else REGISTER // size // FEWER
     height = FEWER if M >= FEWER else 2 if M > 1 else 1
     for n in range(0, right.shape[0], columns):

@@ -96,6 +96,25 @@ def test_the_number_of_threads_makes_no_difference(kind, monkeypatch, ops):
             np.testing.assert_array_equal(alone, together)
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("B", [2, 3, 11])
+def test_widths_that_tiles_take(kind, B, monkeypatch, ops):
+    """Random ones are seldom whole registers."""
+    config = small.SPARSE.replace(hidden_size=64, intermediate_size=96)
+    params, tokens = random(config, 0), np.random.default_rng(B).integers(0, config.vocab_size, (B, STEPS + 4))
+    if kind != "float32":
+        params = map_leaves(params, lambda w: w.astype(BFLOAT16))
+    params = quantized(params) if kind == "int8" else params
+    found = []
+    for few in (1 << 62, 1):
+        monkeypatch.setattr(compiled_step, "FEW_PRODUCTS", few)
+        compiled, one_by_one = both(ops, config, params, tokens)
+        found.append(compiled[0])
+        if kind == "float32":
+            assert relative_error(compiled[0], one_by_one[0]) <= 1e-5
+    np.testing.assert_array_equal(*found)
+
+
 MANY_THREADS = """
 import numba
 import numpy as np

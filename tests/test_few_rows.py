@@ -4,8 +4,19 @@ import numpy as np
 import pytest
 
 from minimoe.arrays import BFLOAT16
-from minimoe.few_rows import dots
-from minimoe.loops import address, storage
+from minimoe.few_rows import dots, factors_of, in_tiles
+from minimoe.loops import address, jit, storage
+
+
+@jit()
+def multiplied(x, w, scale, start, stop, out):
+    """As a room calls it."""
+    dots(x, factors_of(x, w.dtype, len(x) > 1), w, scale, start, stop, out)
+
+
+@jit()
+def rows_in_tiles(x, w, out):
+    return in_tiles(factors_of(x, w.dtype, len(x) > 1), w, 0, len(w), out)
 
 
 def draw(rng, stored, shape):
@@ -34,7 +45,7 @@ def test_dots_is_a_product_and_touches_no_other_rows(stored, seed):
     x, w = draw_tokens(rng, stored, (N, width)), draw(rng, stored, (rows, width))
     scale = rng.uniform(0.5, 2, rows).astype(np.float32) if stored == "int8" else None
     out = np.full((N, rows), -7, x.dtype)
-    dots(x, storage(w), address(scale), start, stop, out)
+    multiplied(x, storage(w), address(scale), start, stop, out)
     wide = w.astype(np.float64) * (1 if scale is None else scale[:, None])
     products = x.astype(np.float64)[:, None] * wide
     error = np.abs(out - products.sum(2))[:, start:stop]
@@ -49,12 +60,12 @@ def test_a_sum_has_the_same_bits_whoever_reads_it_and_beside_any_tokens(stored, 
     rng = np.random.default_rng(N)
     x, w, rows = draw_tokens(rng, stored, (N, 96)), draw(rng, stored, (43, 96)), 43
     whole, parts, few = (np.zeros((n, rows), x.dtype) for n in (N, N, 2))
-    dots(x, storage(w), 0, 0, rows, whole)
+    multiplied(x, storage(w), 0, 0, rows, whole)
     for start in range(0, rows, 4):
-        dots(x, storage(w), 0, start, min(start + 4, rows), parts)
+        multiplied(x, storage(w), 0, start, min(start + 4, rows), parts)
     np.testing.assert_array_equal(parts, whole)
     for n in range(N - 1):
-        dots(np.ascontiguousarray(x[n : n + 2]), storage(w), 0, 0, rows, few)
+        multiplied(np.ascontiguousarray(x[n : n + 2]), storage(w), 0, 0, rows, few)
         np.testing.assert_array_equal(few, whole[n : n + 2])
 
 
@@ -64,13 +75,22 @@ def test_a_token_that_is_not_a_number_spoils_no_other(stored):
     x, w = draw_tokens(rng, stored, (7, 64)), draw(rng, stored, (10, 64))
     x[3, 17], x[5, 60] = np.nan, np.inf
     out = np.zeros((7, 10), x.dtype)
-    dots(x, storage(w), 0, 0, 10, out)
+    multiplied(x, storage(w), 0, 0, 10, out)
     np.testing.assert_array_equal(np.isfinite(out).all(1), [True, True, True, False, True, False, True])
     assert np.isnan(out[3]).all()
 
 
-def test_float64_tokens_keep_their_bits_with_int8_weights():
-    x, w = np.full((5, 32), 1 + 2.0**-40), np.ones((8, 32), np.int8)
+@STORED
+def test_tiles_take_whole_registers(stored):
+    rng = np.random.default_rng(0)
+    for width, rows in ((64, 8), (96, 8), (65, 0), (7, 0)):
+        x, w = draw_tokens(rng, stored, (3, width)), draw(rng, stored, (8, width))
+        assert rows_in_tiles(x, storage(w), np.empty((3, 8), x.dtype)) == rows
+
+
+@pytest.mark.parametrize("stored", ["int8", "bfloat16"])
+def test_float64_tokens_keep_their_bits_with_narrow_weights(stored):
+    x, w = np.full((5, 32), 1 + 2.0**-40), np.ones((8, 32), BFLOAT16 if stored == "bfloat16" else np.int8)
     out = np.zeros((5, 8))
-    dots(x, w, 0, 0, 8, out)
+    multiplied(x, storage(w), 0, 0, 8, out)
     np.testing.assert_array_equal(out, np.full((5, 8), 32 * (1 + 2.0**-40)))

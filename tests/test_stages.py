@@ -11,7 +11,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minimoe.loops import dots, jit, part_of, quads
+from minimoe.few_rows import dots, factors_of, part_of, quads
+from minimoe.loops import jit
 from minimoe.stages import NONE, alone, begin, done, go_on, new_stages, pieces_for, share, take, threads_if, together
 
 # A loop of one thread, in a fresh process: what it calls is compiled, or read from the cache.
@@ -186,19 +187,28 @@ def test_pieces_share_out_every_row_once(seed):
             assert end == n
 
 
+@jit()
+def _dots_piece(x, w, piece, pieces, out):
+    first, end = part_of(len(w), 0, quads(len(w)), piece, pieces)
+    dots(x, factors_of(x, w.dtype, len(x) > 1), w, 0, first, end, out)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int8, np.uint16])
 @pytest.mark.parametrize("rows", [1, 4, 7, 30, 257])
-def test_a_row_has_the_same_bits_in_any_piece(rows, dtype):
+@pytest.mark.parametrize("width", [75, 96])  # tiles take whole registers
+@pytest.mark.parametrize("N", [1, 3])
+def test_a_row_has_the_same_bits_in_any_piece(rows, width, N, dtype):
     rng = np.random.default_rng(rows)
-    w = rng.integers(-100, 100, (rows, 75)).astype(dtype)
-    x = rng.standard_normal((3, 75)).astype(np.float64 if dtype == np.float64 else np.float32)
+    w = rng.integers(-100, 100, (rows, width)).astype(dtype)
+    x = rng.standard_normal((N, width)).astype(np.float64 if dtype == np.float64 else np.float32)
     if dtype == np.uint16:
+        x = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
         w = x[:1].repeat(rows, 0).view(np.uint32).__rshift__(16).astype(np.uint16)  # bfloat16 numbers, not NaN
     found = []
     for pieces in (1, 2, 5, 16):
-        out = np.zeros((3, rows), x.dtype)
+        out = np.zeros((N, rows), x.dtype)
         for piece in range(pieces):
-            dots(x, w, 0, *part_of(rows, 0, quads(rows), piece, pieces), out)
+            _dots_piece(x, w, piece, pieces, out)
         found.append(out)
     assert np.isfinite(found[0]).all()
     assert found[0].any()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -184,6 +185,7 @@ def test_the_tiles_of_a_processor_without_avx512(tmp_path):
         "-o",
         "addopts=",
         __file__,
+        str(Path(__file__).parent / "test_few_rows.py"),
     ]
     found = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr

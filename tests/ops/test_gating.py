@@ -28,7 +28,7 @@ def naive(x, gate, k, active=None, allowed=None, renormalise=True):
 
 
 SHAPES = pytest.mark.parametrize(
-    ("N", "D", "E", "k"), [(1, 1, 1, 1), (1, 3, 4, 2), (7, 5, 8, 2), (7, 5, 3, 1), (40, 2, 5, 5)]
+    ("N", "D", "E", "k"), [(1, 1, 1, 1), (1, 3, 4, 2), (7, 5, 8, 2), (7, 5, 3, 1), (70, 2, 5, 5)]
 )
 
 
@@ -73,7 +73,7 @@ def test_backward_is_the_slope(gating, N, D, E, k, renormalise):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("N", [1, 3, 40])
+@pytest.mark.parametrize("N", [1, 3, 70])
 def test_ties_go_to_the_lower_expert(gating, dtype, N):
     x = np.ones((N, 1), dtype)
     gate = np.array([[1], [3], [2], [3], [3], [2]], dtype)
@@ -81,7 +81,7 @@ def test_ties_go_to_the_lower_expert(gating, dtype, N):
     assert gating.forward(0 * x, gate, 3)[1].tolist() == [[0, 1, 2]] * N
 
 
-@pytest.mark.parametrize("N", [1, 3, 40])
+@pytest.mark.parametrize("N", [1, 3, 70])
 def test_a_logit_gap_of_200_keeps_the_second_choice(gating, N):
     # float32 softmax over all experts: every loser underflows to 0, and the tie would go to expert 1
     gate = np.array([[0], [-220], [-210], [-200]], np.float32)
@@ -113,7 +113,7 @@ def test_the_same_experts_are_chosen_without_renormalising(gating):
     assert_close(found[2] / found[2].sum(axis=1, keepdims=True), expected[2])
 
 
-@pytest.mark.parametrize("N", [1, 3, 40])
+@pytest.mark.parametrize("N", [1, 3, 70])
 def test_an_expert_that_is_switched_off_keeps_its_share_without_renormalising(gating, N):
     # its logit is far the largest: float32 must not overflow, and the others get next to nothing
     gate = np.array([[0], [200], [1]], np.float32)
@@ -147,7 +147,7 @@ def test_a_token_that_is_not_routed_has_no_gradient(gating, renormalise):
     assert not dgate.any()
 
 
-@pytest.mark.parametrize("N", [1, 9, 40])
+@pytest.mark.parametrize("N", [1, 9, 70])
 def test_both_operands_are_rounded_where_the_gate_is_bfloat16(gating, N):
     rng = np.random.default_rng(0)
     x, gate = rng.normal(size=(N, 37)).astype(np.float32), rng.normal(size=(5, 37)).astype(ml_dtypes.bfloat16)

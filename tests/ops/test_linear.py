@@ -28,7 +28,7 @@ def naive(x, weights):
 
 SHAPES = pytest.mark.parametrize(
     ("N", "width", "outputs"),
-    [(1, 1, [1]), (1, 7, [5]), (1, 6, [4, 3, 2]), (9, 5, [3, 7]), (16, 6, [67]), (33, 4, [1])],
+    [(1, 1, [1]), (1, 7, [5]), (1, 6, [4, 3, 2]), (9, 5, [3, 7]), (16, 6, [67]), (70, 4, [1])],
 )
 
 
@@ -58,7 +58,7 @@ def test_backward_is_the_slope(linear, N, width, outputs):
     assert_slopes(loss, [x, *weights], [dx, *dws])
 
 
-@pytest.mark.parametrize("N", [1, 3, 40])
+@pytest.mark.parametrize("N", [1, 3, 70])
 def test_both_operands_are_rounded_where_the_weight_is_bfloat16(linear, N):
     rng = np.random.default_rng(N)
     x, w = rng.normal(size=(N, 37)).astype(np.float32), rng.normal(size=(5, 37)).astype(BFLOAT16)
@@ -78,7 +78,7 @@ def test_gradients_of_bfloat16_weights_are_float32_and_do_not_round_x(linear, or
     assert_close(dw, dy.T.astype(np.float64) @ x, 1e-6)
 
 
-@pytest.mark.parametrize("N", [1, 40])
+@pytest.mark.parametrize("N", [1, 70])
 def test_every_nan_stays_one_where_the_weight_is_bfloat16(linear, N):
     for bits in (0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0x7F800001):
         x = np.ones((N, 16), np.float32)
@@ -89,7 +89,7 @@ def test_every_nan_stays_one_where_the_weight_is_bfloat16(linear, N):
         assert (y[1:] == 16).all()
 
 
-@pytest.mark.parametrize("N", [1, 40])
+@pytest.mark.parametrize("N", [1, 70])
 def test_weights_of_another_width_are_refused(N):
     forward = inspect.unwrap(numba_cpu.forward)  # without the checks of these tests
     with pytest.raises(ValueError, match="cannot multiply"):
@@ -97,12 +97,13 @@ def test_weights_of_another_width_are_refused(N):
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64", "bfloat16", "int8"])
-@pytest.mark.parametrize("N", [1, 2, 3, 6, 15, 16, 17])
-def test_few_tokens_and_large_weights(kind, N):
+@pytest.mark.parametrize("N", [1, 2, 3, 6, 15, 16, 17, numba_cpu.FEW_ROWS])
+@pytest.mark.parametrize("width", [608, 611])  # tiles take whole registers
+def test_few_tokens_and_large_weights(kind, N, width):
     """Blocks of rows on all threads, of weights that end inside a block: the same bits on one."""
     rng = np.random.default_rng(N)
-    x = rng.normal(size=(N, 611)).astype("float64" if kind == "float64" else "float32")
-    weights = [rng.normal(size=(rows, 611)) for rows in (517, 66, 3)]
+    x = rng.normal(size=(N, width)).astype("float64" if kind == "float64" else "float32")
+    weights = [rng.normal(size=(rows, width)) for rows in (517, 66, 3)]
     if kind == "int8":
         weights = [quantize(w.astype(np.float32)) for w in weights]
         wide, seen = [w.widened(np.float64) for w in weights], x

@@ -82,7 +82,7 @@ def assert_same_bits(one, other):
 def draw_linear(seed):
     """Some input, one to three weights and gradients; the last sizes fill all threads."""
     rng = np.random.default_rng(seed)
-    N, width = int(rng.choice([1, 1, 2, 3, 4, 5, 33])), int(rng.integers(1, 90))
+    N, width = int(rng.choice([1, 1, 2, 3, 4, 5, 70])), int(rng.integers(1, 90))
     rows = [int(rng.integers(1, 70)) for _ in range(rng.integers(1, 4))]
     if seed % 8 == 7:
         N, width, rows = 1, 611, [517, 3]

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.few_rows import dots, part_of, quads
+from minimoe.few_rows import dots, factors_of, part_of, quads
 from minimoe.loops import (
     FAST,
     FEW_PRODUCTS,
@@ -53,7 +53,7 @@ from minimoe.stages import NONE, SMALL, begin, go_on, new_stages, pieces_for, sh
 from minimoe.tiles import LINE, LINES, MULTIPLIES_PAIRS, PAIR, multiply_lines, turn
 from minimoe.tiles import ROWS as TILE_ROWS
 
-# Tokens of each expert up to which it is faster to multiply with its weights as they are read: with AVX-512, without.
+# Tokens of each expert up to which it is faster to read its weights once, as they lie: with AVX-512 40, else 24.
 FEW_ROWS = 40 if LINES > 1 else 24
 FEW_STAGES = 2
 # Blocks of many tokens: rows of a weight, of which a stretch is widened at a time, and a part of that multiplied with
@@ -230,40 +230,42 @@ def few_segments(x, listed, pairs, offsets, k, xs, segments):
 @jit()
 def few_stages(xs, table, dtype, gelu, segments, threads, stages, gate_in, up, hidden, ys):
     """What each thread does, in FEW_STAGES stages: pieces of all the experts' rows, one expert after another."""
-    pieces = pieces_for(threads)
+    pieces, several = pieces_for(threads), len(segments) < len(xs)
+    factors = factors_of(xs, dtype, several)
     piece = begin(stages[0], pieces)
     while piece != NONE:
-        _hidden_rows(xs, table, dtype, gelu, segments, piece, pieces, gate_in, up, hidden)
+        _hidden_rows(xs, factors, table, dtype, gelu, segments, piece, pieces, gate_in, up, hidden)
         piece = go_on(stages[0], pieces)
+    factors = factors_of(hidden, dtype, several)
     piece = begin(stages[1], pieces)
     while piece != NONE:
-        _output_rows(table, dtype, segments, piece, pieces, hidden, ys)
+        _output_rows(hidden, factors, table, dtype, segments, piece, pieces, ys)
         piece = go_on(stages[1], pieces)
 
 
 @jit(inline="always")
-def _hidden_rows(xs, table, dtype, gelu, segments, piece, pieces, gate_in, up, hidden):
+def _hidden_rows(xs, factors, table, dtype, gelu, segments, piece, pieces, gate_in, up, hidden):
     """A piece of the rows of w1, and the same of w3, for all tokens of their experts."""
     F, D, bf16 = gate_in.shape[1], xs.shape[1], holds_bfloat16(dtype)
     for n in range(len(segments)):
         i, first, last = segments[n]
         start, stop = part_of(F, quads(F) * n, quads(F) * len(segments), piece, pieces)
         w1, w3 = at_address(table[0, 0, i], (F, D), dtype), at_address(table[0, 2, i], (F, D), dtype)
-        dots(xs[first:last], w1, table[1, 0, i], start, stop, gate_in[first:last])
-        dots(xs[first:last], w3, table[1, 2, i], start, stop, up[first:last])
+        dots(xs[first:last], factors[first:last], w1, table[1, 0, i], start, stop, gate_in[first:last])
+        dots(xs[first:last], factors[first:last], w3, table[1, 2, i], start, stop, up[first:last])
         for row in range(first, last):
             _activate_row(gate_in[row, start:stop], up[row, start:stop], gelu, bf16, hidden[row, start:stop])
 
 
 @jit(inline="always")
-def _output_rows(table, dtype, segments, piece, pieces, hidden, ys):
+def _output_rows(hidden, factors, table, dtype, segments, piece, pieces, ys):
     """A piece of the rows of w2, for all tokens of their experts."""
     F, D = hidden.shape[1], ys.shape[1]
     for n in range(len(segments)):
         i, first, last = segments[n]
         start, stop = part_of(D, quads(D) * n, quads(D) * len(segments), piece, pieces)
         w2 = at_address(table[0, 1, i], (D, F), dtype)
-        dots(hidden[first:last], w2, table[1, 1, i], start, stop, ys[first:last])
+        dots(hidden[first:last], factors[first:last], w2, table[1, 1, i], start, stop, ys[first:last])
 
 
 def _forward_many(

@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.few_rows import dots
+from minimoe.few_rows import dots, factors_of
 from minimoe.loops import exp, jit, weight_view
 from minimoe.products import Product, compute, multiply, operand
 from minimoe.shapes import Array
 from minimoe.stages import share, threads_if
 
-FEW_ROWS = 48  # tokens up to which `products` take longer, for 8 experts or 64
+FEW_ROWS = 48  # tokens up to which `products` take longer, measured with 8 and with 64 experts
 MANY_TOKENS = 1024  # below, one core chooses before others have woken up
 
 
@@ -68,7 +68,8 @@ def backward(
 @jit()
 def few_logits(x, gate, logits):
     nothing = np.int64(0)  # for a literal 0 `dots` would be compiled once more
-    dots(x, gate, nothing, nothing, len(gate), logits)
+    factors = factors_of(x, gate.dtype, len(x) > 1)
+    dots(x, factors, gate, nothing, nothing, len(gate), logits)
 
 
 @jit()

@@ -1,7 +1,7 @@
 """Linear maps on the CPU: products in tiles for many tokens, a loop over the weights for few.
 
 With few tokens the time is that of reading the weights: the loop reads each once, whatever the number of tokens, on all
-cores, and widens bfloat16 in registers. With many tokens, and in float32 with small weights, `products`.
+cores (see `few_rows`). With many tokens, and in float32 with small weights, `products`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from minimoe.arrays import is_bfloat16
-from minimoe.few_rows import dots, part_of, quads
+from minimoe.few_rows import dots, factors_of, part_of, quads
 from minimoe.loops import FEW_PRODUCTS, address, at_address, holds_bfloat16, jit, storage
 from minimoe.products import Product, compute, operand, round_in_place
 from minimoe.quantized import Int8, parts
@@ -86,15 +86,15 @@ def few(x, table, dtype, threads, out):
 @jit()
 def few_stage(x, table, dtype, threads, stage, out):
     """What each thread does: pieces of the rows of all weights, one weight after another."""
-    pieces = pieces_for(threads)
+    pieces, factors = pieces_for(threads), factors_of(x, dtype, len(x) > 1)
     piece = begin(stage, pieces)
     while piece != NONE:
-        _rows(x, table, dtype, out, piece, pieces)
+        _rows(x, factors, table, dtype, out, piece, pieces)
         piece = go_on(stage, pieces)
 
 
 @jit(inline="always")
-def _rows(x, table, dtype, out, piece, pieces):
+def _rows(x, factors, table, dtype, out, piece, pieces):
     """A piece of the rows; results of a weight lie after those of the weight before it."""
     N, start, before, total = x.shape[0], 0, 0, 0
     for weight in range(len(table)):
@@ -103,5 +103,5 @@ def _rows(x, table, dtype, out, piece, pieces):
         place, scale, rows = table[weight]
         w, y = at_address(place, (rows, x.shape[1]), dtype), out[start : start + N * rows].reshape(N, rows)
         first, end = part_of(rows, before, total, piece, pieces)
-        dots(x, w, scale, first, end, y)
+        dots(x, factors, w, scale, first, end, y)
         start, before = start + N * rows, before + quads(rows)
