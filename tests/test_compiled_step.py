@@ -67,6 +67,14 @@ def draws(seed, draw=draw_any_config):
     return config, params, rng.integers(0, config.vocab_size, (B, T))
 
 
+def stored_as(kind, params):
+    """Float32 parameters as they are; in bfloat16; or in bfloat16 with matrices in int8."""
+    if kind == "float32":
+        return params
+    narrow = map_leaves(params, lambda w: w.astype(BFLOAT16))
+    return quantized(narrow) if kind == "int8" else narrow
+
+
 @pytest.mark.parametrize("threads", ["one", "all"])
 @pytest.mark.parametrize("seed", range(30))
 def test_float32_is_what_the_ops_give_one_by_one(seed, threads, monkeypatch, ops):
@@ -83,10 +91,7 @@ def test_float32_is_what_the_ops_give_one_by_one(seed, threads, monkeypatch, ops
 def test_the_number_of_threads_makes_no_difference(kind, monkeypatch, ops):
     for seed in range(10):
         config, params, tokens = draws(seed)
-        if kind != "float32":
-            params = map_leaves(params, lambda w: w.astype(BFLOAT16))
-        params = quantized(params) if kind == "int8" else params
-        found = []
+        params, found = stored_as(kind, params), []
         for few in (1 << 62, 1):
             monkeypatch.setattr(compiled_step, "FEW_PRODUCTS", few)
             cache = after(ops, config, params, tokens)
@@ -101,11 +106,8 @@ def test_the_number_of_threads_makes_no_difference(kind, monkeypatch, ops):
 def test_widths_that_tiles_take(kind, B, monkeypatch, ops):
     """Random ones are seldom whole registers."""
     config = small.SPARSE.replace(hidden_size=64, intermediate_size=96)
-    params, tokens = random(config, 0), np.random.default_rng(B).integers(0, config.vocab_size, (B, STEPS + 4))
-    if kind != "float32":
-        params = map_leaves(params, lambda w: w.astype(BFLOAT16))
-    params = quantized(params) if kind == "int8" else params
-    found = []
+    tokens = np.random.default_rng(B).integers(0, config.vocab_size, (B, STEPS + 4))
+    params, found = stored_as(kind, random(config, 0)), []
     for few in (1 << 62, 1):
         monkeypatch.setattr(compiled_step, "FEW_PRODUCTS", few)
         compiled, one_by_one = both(ops, config, params, tokens)
@@ -154,8 +156,7 @@ def test_narrow_weights_are_as_good_as_op_by_op(kind, ops):
     apart, errors, expected_errors = [], [], []
     for seed in range(20):
         config, params, tokens = draws(seed)
-        params = map_leaves(params, lambda w: w.astype(BFLOAT16))
-        params = quantized(params) if kind == "int8" else params
+        params = stored_as(kind, params)
         (logits, _), (expected, _) = both(ops, config, params, tokens)
         truth = exact(config, params, tokens)
         apart.append(relative_error(logits, expected))
